@@ -1,0 +1,7 @@
+"""``python -m mm_convert``."""
+
+import sys
+
+from mm_convert.cli import main
+
+sys.exit(main())

@@ -1,0 +1,133 @@
+"""The verbs: plan and carry out a conversion between folders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mm_convert.errors import LayoutError, ModelError
+from mm_convert.families import Family, family
+from mm_convert.families.family import ModelSizes
+from mm_convert.huggingface import HuggingFaceFolder
+from mm_convert.layout import Layout
+from mm_convert.megatron import RANK_FILE, MegatronFolder
+from mm_convert.plan import Plan, Ref, Spec, check_same, relate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converter:
+    """A published converter: ``Converter.named("Qwen2_5_VLConverter").hf_to_mm(…)``.
+
+    Attributes:
+        family: the rules of the model family.
+    """
+
+    family: Family
+
+    @classmethod
+    def named(cls, name: str) -> Converter:
+        """The converter of a published name.
+
+        Raises:
+            ModelError: no such converter.
+        """
+        return cls(family=family(name))
+
+    def sizes(self, hf: HuggingFaceFolder) -> ModelSizes:
+        """The model's numbers.
+
+        Raises:
+            ModelError: another model, or numbers missing.
+        """
+        model_type = hf.config.get("model_type")
+        if model_type not in self.family.model_types:
+            raise ModelError(
+                f"{hf.directory / 'config.json'} says model_type {model_type!r}; this converter is for"
+                f" {', '.join(self.family.model_types)}"
+            )
+        return self.family.sizes(hf.config)
+
+    def plan_hf_to_mm(self, hf: HuggingFaceFolder, layout: Layout) -> Plan:
+        """Plan Hugging Face → Megatron.
+
+        Raises:
+            ConvertError: the layout or the checkpoint does not fit.
+        """
+        targets, segments = relate(self.family, self.sizes(hf), layout, hf.tensors)
+        return Plan.build(hf.tensors, targets, segments)
+
+    def plan_mm_to_hf(self, mm: MegatronFolder, hf: HuggingFaceFolder) -> Plan:
+        """Plan Megatron → Hugging Face, with the names, shapes and shards of `hf`.
+
+        Raises:
+            ConvertError: the checkpoint does not fit the model.
+        """
+        made, segments = relate(self.family, self.sizes(hf), mm.layout, hf.tensors)
+        check_same(mm.tensors, made, str(mm.directory))
+        backwards = [segment.reversed() for segment in segments]
+        dtypes = {segment.target: mm.tensors[segment.source].dtype for segment in backwards}
+        targets = {ref: replace(spec, dtype=dtypes[ref]) for ref, spec in hf.tensors.items()}
+        return Plan.build(mm.tensors, targets, backwards)
+
+    def plan_rank(self, sizes: ModelSizes, layout: Layout, tensors: dict[Ref, Spec], *, parts: Iterable[str]) -> Plan:
+        """Plan from tensors in memory that hold only some parts of the model (for trainers)."""
+        targets, segments = relate(self.family, sizes, layout, tensors, parts=tuple(parts))
+        return Plan.build(tensors, targets, segments)
+
+    def hf_to_mm(self, hf_dir: str | Path, mm_dir: str | Path, layout: Layout, *, overwrite: bool = False) -> Plan:
+        """Convert a Hugging Face folder to a new Megatron folder.
+
+        Raises:
+            ConvertError: see :mod:`mm_convert.errors`; nothing is left behind.
+        """
+        from mm_convert.execute import write_megatron
+        from mm_convert.output import check_free
+
+        check_free(Path(mm_dir), overwrite=overwrite)
+        hf = HuggingFaceFolder.open(hf_dir)
+        plan = self.plan_hf_to_mm(hf, layout)
+        write_megatron(plan, hf, Path(mm_dir), sections=rank_sections(layout), overwrite=overwrite)
+        return plan
+
+    def mm_to_hf(
+        self,
+        mm_dir: str | Path,
+        hf_dir: str | Path,
+        save_hf_dir: str | Path,
+        *,
+        layout: Layout | None = None,
+        overwrite: bool = False,
+    ) -> Plan:
+        """Convert a Megatron folder to a new Hugging Face folder.
+
+        Args:
+            mm_dir: the Megatron folder.
+            hf_dir: the template: configuration, tokenizer, names and shards.
+            save_hf_dir: the new folder.
+            layout: what the caller believes; the layout itself is read from disk.
+            overwrite: replace an existing folder.
+
+        Raises:
+            ConvertError: see :mod:`mm_convert.errors`; nothing is left behind.
+        """
+        from mm_convert.execute import write_huggingface
+        from mm_convert.output import check_free
+
+        check_free(Path(save_hf_dir), overwrite=overwrite)
+        hf = HuggingFaceFolder.open(hf_dir)
+        mm = MegatronFolder.open(mm_dir)
+        if layout is not None and layout != mm.layout:
+            raise LayoutError(f"given: {layout}; but {mm.directory} holds: {mm.layout}")
+        plan = self.plan_mm_to_hf(mm, hf)
+        write_huggingface(plan, mm, hf, Path(save_hf_dir), overwrite=overwrite)
+        return plan
+
+
+def rank_sections(layout: Layout) -> dict[str, list[str]]:
+    """Every rank's file and the sections in it, those without a tensor included."""
+    return {
+        f"{layout.rank_dir(t, p)}/{RANK_FILE}": [layout.section(v * layout.pp_size + p) for v in range(layout.vpp_size)]
+        for t in range(layout.tp_size)
+        for p in range(layout.pp_size)
+    }

@@ -1,0 +1,147 @@
+"""Megatron-style folders: a tracker file, an iteration, one file a rank.
+
+::
+
+    DIR/latest_checkpointed_iteration.txt          "release", or a decimal iteration
+    DIR/release/mp_rank_00[_000]/model_optim_rng.pt    {"model": {name: tensor}, "checkpoint_version": 3.0}
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mm_convert.errors import CheckpointError
+from mm_convert.layout import RANK_DIR, Layout, Part
+from mm_convert.plan import Ref, Spec
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RANK_FILE = "model_optim_rng.pt"
+CHECKPOINT_VERSION = 3.0  # without it Megatron takes the file for version 0 and reorders QKV
+LAYER: dict[Part, re.Pattern[str]] = {
+    "llm": re.compile(r"text_decoder\.decoder\.layers\.(\d+)\."),
+    "vit": re.compile(r"image_encoder\.encoder\.blocks\.layers\.(\d+)\."),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MegatronFolder:
+    """A checkpoint folder as found on disk.
+
+    Attributes:
+        directory: the iteration's folder (``DIR/release`` or ``DIR/iter_0001000``).
+        layout: the layout that its folders and tensor names show.
+        tensors: every tensor; files are named from `directory` on.
+    """
+
+    directory: Path
+    layout: Layout
+    tensors: dict[Ref, Spec]
+
+    @classmethod
+    def open(cls, directory: str | Path) -> MegatronFolder:
+        """Read the tracker, the rank folders and the tensors' names and shapes (no data).
+
+        Raises:
+            CheckpointError: incomplete or unreadable.
+        """
+        iteration = iteration_dir(Path(directory))
+        tp_size, pp_size = _sizes(iteration)
+        tensors = {
+            Ref(f"{path.parent.name}/{path.name}", section, name): spec
+            for path in sorted(iteration.glob(f"mp_rank_*/{RANK_FILE}"))
+            for section, names in load_rank_file(path).items()
+            for name, spec in ((n, spec_of(t)) for n, t in names.items())
+        }
+        return cls(directory=iteration, layout=_layout(tensors, tp_size, pp_size), tensors=tensors)
+
+
+def iteration_dir(directory: Path) -> Path:
+    """The folder that the tracker file names.
+
+    Raises:
+        CheckpointError: no tracker, or it names nothing.
+    """
+    tracker = directory / TRACKER
+    if not tracker.is_file():
+        raise CheckpointError(
+            f"{directory} is no Megatron checkpoint: it has no {TRACKER} (an interrupted run has none)"
+        )
+    text = tracker.read_text().strip()
+    name = "release" if text == "release" else f"iter_{int(text):07d}" if text.isdigit() else None
+    if name is None or not (directory / name).is_dir():
+        raise CheckpointError(
+            f"{tracker} says {text!r}; it must say 'release' or the number of an iteration that is there"
+        )
+    return directory / name
+
+
+def load_rank_file(path: Path) -> dict[str, dict[str, Any]]:
+    """The sections (``model``, or ``model0``, ``model1``, …) of a rank's file; tensors are memory mapped.
+
+    Raises:
+        CheckpointError: unreadable, or it asks to run code.
+    """
+    import torch
+
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path} can't be read as a checkpoint: {str(error).splitlines()[0]}") from error
+    sections = (
+        {k: v for k, v in content.items() if re.fullmatch(r"model\d*", str(k))} if isinstance(content, dict) else {}
+    )
+    if not sections:
+        raise CheckpointError(f"{path} has no entry 'model'; is it a Megatron checkpoint?")
+    return {
+        section: {
+            name: t for name, t in names.items() if isinstance(t, torch.Tensor) and not name.endswith("_extra_state")
+        }
+        for section, names in sections.items()
+    }
+
+
+def spec_of(tensor: Any) -> Spec:
+    """The header of a torch tensor."""
+    return Spec(_safetensors_dtype(tensor.dtype), tuple(tensor.shape))
+
+
+def _safetensors_dtype(dtype: Any) -> str:
+    name = str(dtype).removeprefix("torch.")
+    special = {"bool": "BOOL", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
+    return special.get(name) or re.sub(r"^(b?f|u|i)(?:loat|int)", r"\1", name).upper()
+
+
+def _sizes(iteration: Path) -> tuple[int, int]:
+    """Tensor- and pipeline-parallel size, from the folders' names."""
+    matches = [RANK_DIR.fullmatch(path.name) for path in iteration.glob("mp_rank_*")]
+    ranks = {(int(m[1]), int(m[2] or 0)) for m in matches if m}
+    if not ranks or len(ranks) != len(matches):
+        raise CheckpointError(f"{iteration} holds no folders mp_rank_TT or mp_rank_TT_PPP, or others beside them")
+    tp_size, pp_size = (max(numbers) + 1 for numbers in zip(*ranks, strict=True))
+    absent = [(t, p) for t in range(tp_size) for p in range(pp_size) if (t, p) not in ranks]
+    if absent:
+        raise CheckpointError(f"{iteration} is incomplete: no folder for (tp, pp) ranks {absent[:8]}; copy it again")
+    return tp_size, pp_size
+
+
+def _layout(tensors: dict[Ref, Spec], tp_size: int, pp_size: int) -> Layout:
+    """The layer lists, counted from the tensors' names of tensor-parallel rank 0."""
+    layers: dict[tuple[Part, int, int], set[str]] = defaultdict(set)
+    virtual = 1
+    for ref in tensors:
+        rank = RANK_DIR.fullmatch(ref.file.split("/", 1)[0])
+        stage = int(ref.section.removeprefix("model") or 0)
+        virtual = max(virtual, stage + 1)
+        for part, pattern in LAYER.items():
+            match = pattern.match(ref.name)
+            if match and rank and rank[1] == "00":
+                layers[part, stage, int(rank[2] or 0)].add(match[1])
+    llm, vit = (tuple(tuple(len(layers[part, v, p]) for p in range(pp_size)) for v in range(virtual)) for part in LAYER)
+    return Layout(llm_pp_layers=llm, vit_pp_layers=vit, tp_size=tp_size)

@@ -1,0 +1,147 @@
+"""A conversion rule is data: which Hugging Face tensors make which Megatron tensor, and how it is cut.
+
+Every operation of these layouts is a rearrangement: each rank's tensor is a concatenation of slices
+of the source tensors, along one dimension. So an operation only has to name those slices, and a rule
+read backwards is the same slices with the arrow turned round (see :mod:`mm_convert.plan`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from mm_convert.errors import LayoutError
+from mm_convert.layout import Part
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """``source[start:stop]`` along the operation's dimension; `source` counts the rule's tensors."""
+
+    source: int
+    start: int
+    stop: int
+
+
+class Operation(Protocol):
+    """How the sources of a rule become the tensor of each tensor-parallel rank."""
+
+    @property
+    def dim(self) -> int:
+        """The dimension along which pieces are cut and concatenated."""
+
+    def pieces(self, shapes: Sequence[Shape], tp_size: int) -> list[list[Piece]]:
+        """The pieces of each rank, in order.
+
+        Raises:
+            LayoutError: the tensors can't be cut into `tp_size` equal parts.
+        """
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The same tensor on every rank (norms, biases of row-parallel layers, the patch embedding)."""
+
+    dim: int = 0
+
+    def pieces(self, shapes: Sequence[Shape], tp_size: int) -> list[list[Piece]]:
+        """One whole piece on every rank."""
+        return [[Piece(0, 0, shapes[0][0])] for _ in range(tp_size)]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Equal slices along `dim`: 0 for column-parallel layers and the vocabulary, 1 for row-parallel."""
+
+    dim: int
+
+    def pieces(self, shapes: Sequence[Shape], tp_size: int) -> list[list[Piece]]:
+        """Slice t of `tp_size` on rank t."""
+        size = _share(shapes[0][self.dim], tp_size, f"dimension {self.dim} of size")
+        return [[Piece(0, t * size, (t + 1) * size)] for t in range(tp_size)]
+
+
+@dataclass(frozen=True)
+class Gated:
+    """Gate over up projection. Rank t holds ``[gate_t; up_t]``, which is no plain cut of the whole."""
+
+    dim: int = 0
+
+    def pieces(self, shapes: Sequence[Shape], tp_size: int) -> list[list[Piece]]:
+        """The rank's rows of the gate, then those of the up projection."""
+        size = _share(shapes[0][0], tp_size, "intermediate size")
+        return [[Piece(s, t * size, (t + 1) * size) for s in (0, 1)] for t in range(tp_size)]
+
+
+@dataclass(frozen=True)
+class GroupedQKV:
+    """Q, K and V interleaved by key/value group: ``q0…q(r-1) k0 v0  qr…  k1 v1 …``."""
+
+    groups: int
+    dim: int = 0
+
+    def pieces(self, shapes: Sequence[Shape], tp_size: int) -> list[list[Piece]]:
+        """For each group of the rank: its query heads, its key head, its value head."""
+        share = _share(self.groups, tp_size, "num_key_value_heads")
+        sizes = [shape[0] // self.groups for shape in shapes]
+        return [
+            [
+                Piece(s, group * size, (group + 1) * size)
+                for group in range(t * share, (t + 1) * share)
+                for s, size in enumerate(sizes)
+            ]
+            for t in range(tp_size)
+        ]
+
+
+@dataclass(frozen=True)
+class StackedQKV:
+    """One tensor ``[Q; K; V]`` that becomes interleaved by head: ``q0 k0 v0 q1 k1 v1 …``."""
+
+    heads: int
+    dim: int = 0
+
+    def pieces(self, shapes: Sequence[Shape], tp_size: int) -> list[list[Piece]]:
+        """For each head of the rank: its rows in Q, in K and in V."""
+        share = _share(self.heads, tp_size, "number of vision heads")
+        third = shapes[0][0] // 3
+        size = third // self.heads
+        return [
+            [
+                Piece(0, part * third + head * size, part * third + (head + 1) * size)
+                for head in range(t * share, (t + 1) * share)
+                for part in range(3)
+            ]
+            for t in range(tp_size)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Tensors `hf` make the tensor `mm`.
+
+    Args:
+        hf: names with ``{i}`` for the global layer number.
+        mm: name with ``{j}`` for the layer number inside its stage.
+        operation: how it is put together and cut over tensor-parallel ranks.
+        part: the layer lists that place it.
+        where: in every stage's layers, or on the part's first or last stage only.
+        optional: the rule applies only where the sources exist.
+    """
+
+    hf: tuple[str, ...]
+    mm: str
+    operation: Operation
+    part: Part
+    where: Literal["layer", "first", "last"] = "layer"
+    optional: bool = False
+
+
+def _share(size: int, tp_size: int, what: str) -> int:
+    if size % tp_size:
+        legal = [n for n in range(1, size + 1) if size % n == 0 and n <= 64]
+        raise LayoutError(f"tp_size {tp_size} does not divide the {what} {size}; legal here: {legal}")
+    return size // tp_size
