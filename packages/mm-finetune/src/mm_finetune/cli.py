@@ -1,0 +1,49 @@
+"""``mm-finetune train | eval | report | mini``."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from types import ModuleType
+
+from mm_finetune.commands import eval as eval_command
+from mm_finetune.commands import mini, report, train
+from mm_finetune.errors import FinetuneError
+
+COMMANDS: dict[str, tuple[ModuleType, str]] = {
+    "train": (train, "fine-tune a converted model; under torchrun for several processes"),
+    "eval": (eval_command, "let a Hugging Face model answer a data set and count what is right"),
+    "report": (report, "a run and its evaluations as one HTML file"),
+    "mini": (mini, "make a tiny Qwen2.5-VL and a data set of real pictures, to try everything on a laptop"),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(prog="mm-finetune", description="Fine-tune Qwen2.5-VL on megatron-core.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (module, text) in COMMANDS.items():
+        module.add_arguments(commands.add_parser(name, help=text, description=text))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code is 0 when done, 2 for bad input, 130 when interrupted, 3 for a defect of ours."""
+    args = build_parser().parse_args(argv)
+    module, _ = COMMANDS[args.command]
+    try:
+        return int(module.run(args))
+    except (FinetuneError, OSError) as error:
+        print(f"mm-finetune: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        # Under torchrun the signal comes twice: from the terminal and from the launcher.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print("mm-finetune: interrupted; nothing that looks finished was left", file=sys.stderr)
+        return 130
+    except Exception:  # noqa: BLE001  # the edge of the command: a defect of ours, shown whole
+        traceback.print_exc()
+        return 3

@@ -1,0 +1,16 @@
+"""The training engine: megatron-core, on whatever device torch knows.
+
+``device`` lets megatron-core run off CUDA · ``parallel`` process groups and megatron's configuration ·
+``layers`` norm and attention · ``model`` Qwen2.5-VL · ``weights`` checkpoints · ``step`` one optimizer step.
+"""
+
+import warnings
+
+with warnings.catch_warnings():
+    # Importing megatron-core warns about each optional part that is not installed (Apex, Transformer
+    # Engine), of which none is used here, and about its own deprecations.
+    warnings.simplefilter("ignore")
+    import megatron.core.models.gpt.gpt_layer_specs
+    import megatron.core.optimizer
+    import megatron.core.pipeline_parallel
+    import megatron.core.transformer  # noqa: F401

@@ -1,0 +1,34 @@
+"""Errors of mm-finetune.
+
+::
+
+    FinetuneError
+    ├── ConfigError        (ValueError)       a key, a value or a combination of the configuration
+    ├── DataError          (ValueError)       a record or a picture
+    ├── CheckpointError    (ValueError)       a checkpoint that does not fit the run
+    └── OutputExistsError  (FileExistsError)  a target that is there already
+
+Every message says what was given, what is legal and what to do.
+"""
+
+from __future__ import annotations
+
+
+class FinetuneError(Exception):
+    """Base of all errors that mm-finetune raises on purpose."""
+
+
+class ConfigError(FinetuneError, ValueError):
+    """The configuration does not hold together."""
+
+
+class DataError(FinetuneError, ValueError):
+    """A record or a picture can't be used."""
+
+
+class CheckpointError(FinetuneError, ValueError):
+    """A checkpoint does not fit the model, the layout or the number of processes."""
+
+
+class OutputExistsError(FinetuneError, FileExistsError):
+    """The target exists; nothing is overwritten without being told to."""

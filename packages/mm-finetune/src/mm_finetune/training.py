@@ -1,0 +1,131 @@
+"""A training run, from a checked configuration to a checkpoint."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mm_finetune.config import TrainConfig
+from mm_finetune.data import Batch, Dataset, collate, step_numbers
+from mm_finetune.errors import OutputExistsError
+from mm_finetune.progress import RunLog
+from mm_finetune.schedule import learning_rate
+
+if TYPE_CHECKING:
+    from mm_finetune.engine.parallel import Ranks
+    from mm_finetune.engine.weights import Checkpoint
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedRun:
+    """Inputs that were all checked, with the same outcome on every process."""
+
+    config: TrainConfig
+    dataset: Dataset
+    checkpoint: Checkpoint
+
+
+def prepare(config: TrainConfig, *, world_size: int) -> PreparedRun:
+    """Check everything that can be checked before the first step.
+
+    Raises:
+        FinetuneError: see :mod:`mm_finetune.errors`.
+    """
+    config.data_parallel_size(world_size)
+    _check_output(config)
+    dataset = Dataset(config.data, config.model.hf_dir)
+    dataset.check()
+    from mm_finetune.engine.weights import Checkpoint
+
+    checkpoint = Checkpoint(config.model.load, config.model.hf_dir, config.parallel)
+    return PreparedRun(config=config, dataset=dataset, checkpoint=checkpoint)
+
+
+def train(run: PreparedRun) -> Path:
+    """Train and save.
+
+    Returns:
+        The folder of the checkpoint, to be read by ``mm-convert … mm_to_hf``.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    from mm_finetune.engine.device import mcore_on
+    from mm_finetune.engine.model import QwenVL
+    from mm_finetune.engine.parallel import model_parallel, processes, transformer_config
+    from mm_finetune.engine.step import Trainer
+
+    config, hf_config = run.config, AutoConfig.from_pretrained(run.config.model.hf_dir)
+    with processes() as device, mcore_on(device), model_parallel(config.parallel) as ranks:
+        settings = transformer_config(hf_config.text_config, config.parallel, run.checkpoint.layout.llm_pp_layers[0])
+        model = QwenVL(settings, hf_config, ranks)
+        run.checkpoint.load(model, ranks)
+        model.to(device)
+        trainer = Trainer(model, config.train, ranks)
+        log = _start(config, ranks)
+        for step in range(1, config.train.steps + 1):
+            batches, tokens = _batches(run, step, ranks, device)
+            lr = _learning_rate(config, step)
+            result = trainer.step(batches, lr)
+            log.step(step, loss=result.loss, lr=lr, grad_norm=result.grad_norm, tokens=tokens)
+        log.close()
+        target = config.output.dir / "checkpoint"
+        run.checkpoint.save(model, ranks, target, config.train.steps)
+        torch.distributed.barrier()
+    return target
+
+
+def _learning_rate(config: TrainConfig, step: int) -> float:
+    train = config.train
+    warmup = math.ceil(train.warmup_fraction * train.steps)
+    return learning_rate(step, steps=train.steps, lr=train.lr, min_lr=train.min_lr, warmup_steps=warmup)
+
+
+def _batches(run: PreparedRun, step: int, ranks: Ranks, device: object) -> tuple[list[Batch], int]:
+    """This rank's micro-batches of a step, and the tokens of the whole global batch."""
+    train = run.config.train
+    numbers = step_numbers(len(run.dataset), step, global_batch_size=train.global_batch_size, seed=train.seed)
+    size = train.micro_batch_size
+    micro = [numbers[i : i + size] for i in range(0, len(numbers), size)]
+    share = len(micro) // ranks.dp_size
+    mine = micro[ranks.dp_rank * share : (ranks.dp_rank + 1) * share]
+    batches = [collate([run.dataset[n] for n in group]) for group in mine]
+    # Exact on one data-parallel rank, scaled from this rank's share on several.
+    tokens = sum(batch.tokens for batch in batches) * ranks.dp_size
+    return [batch.to(device) for batch in batches], tokens  # type: ignore[arg-type]
+
+
+def _check_output(config: TrainConfig) -> None:
+    """A finished run and a folder of somebody else are kept; what an interrupted run left may go."""
+    folder = config.output.dir
+    if config.output.overwrite or not folder.exists():
+        return
+    finished = (folder / "checkpoint" / TRACKER).exists()
+    foreign = not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.yaml").is_file())
+    if finished or foreign:
+        what = "holds a finished run" if finished else "is not a run of ours"
+        raise OutputExistsError(f"{folder} {what}; choose another output.dir or add output.overwrite=true")
+
+
+def _start(config: TrainConfig, ranks: Ranks) -> RunLog:
+    import yaml
+
+    log_path = None
+    if ranks.rank == 0:
+        shutil.rmtree(config.output.dir, ignore_errors=True)
+        config.output.dir.mkdir(parents=True)
+        text = yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True)
+        (config.output.dir / "config.yaml").write_text(text, encoding="utf-8")
+        log_path = config.output.dir / "metrics.jsonl"
+    return RunLog(log_path, steps=config.train.steps, samples=config.train.global_batch_size)
+
+
+def process_rank() -> tuple[int, int]:
+    """Rank and number of processes, as torchrun says."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

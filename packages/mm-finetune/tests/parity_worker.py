@@ -1,0 +1,239 @@
+"""Started by torchrun: compares megatron-core with transformers over several layouts, prints one JSON line each.
+
+Reference: transformers' model, one process, plain AdamW. It runs on every rank; it is tiny.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from mm_finetune.config import OptimizationConfig, ParallelConfig
+from mm_finetune.data import Batch, EncodedSample, collate
+from mm_finetune.engine.device import mcore_on
+from mm_finetune.engine.model import QwenVL
+from mm_finetune.engine.parallel import Ranks, model_parallel, processes, transformer_config
+from mm_finetune.engine.step import Trainer
+from mm_finetune.engine.weights import Checkpoint
+from mm_finetune.images import ImageInputs
+from mm_finetune.rope import mrope_positions
+from torch import Tensor
+
+IMAGE, VISION_START, VOCAB = 250, 248, 256
+STEPS, GLOBAL_BATCH, MICRO_BATCH = 10, 8, 2
+# Decay and rate are large, so that a wrong parameter group or a wrong norm shows in the curve.
+OPTIMIZATION = OptimizationConfig(
+    steps=STEPS, global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH, lr=1e-3, weight_decay=1.0, clip_grad=1.0
+)
+
+
+def hf_model(*, tied: bool, seed: int = 0) -> Any:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "max_position_embeddings": 512,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6},
+            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        },
+        vision_config={
+            "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
+            "fullatt_block_indexes": [1], "window_size": 56, "tokens_per_second": 2,
+        },
+        image_token_id=IMAGE, video_token_id=251, vision_start_token_id=VISION_START, vision_end_token_id=249,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration(config).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms of 1 and biases of 0 would hide a mistake
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def sample(seed: int) -> EncodedSample:
+    """Two pictures of different grids or none, another length for each sample, loss on a random part."""
+    generator = torch.Generator().manual_seed(seed)
+    # From 3: transformers gives the padding token (0) no gradient, and text does not contain it.
+    text = torch.randint(3, 240, (14 + seed % 5,), generator=generator).tolist()
+    grids = torch.tensor([[1, 4, 8], [1, 4, 4]] if seed % 3 else []).view(-1, 3)
+    counts = (grids.prod(-1) // 4).tolist()
+    blocks = [[VISION_START, *[IMAGE] * count, 249] for count in counts]
+    ids = text[:2] + [t for b in blocks[:1] for t in b] + text[2:6] + [t for b in blocks[1:] for t in b] + text[6:]
+    pixels = torch.randn(int(grids.prod(-1).sum()), 1176, generator=generator)
+    labels = torch.tensor(ids)
+    labels[(torch.rand(len(ids), generator=generator) < 0.4) | (labels >= 240)] = -100
+    return EncodedSample(
+        input_ids=torch.tensor(ids),
+        labels=labels,
+        positions=mrope_positions(ids, grids, image_token_id=IMAGE),
+        images=ImageInputs(pixel_values=pixels, image_grid_thw=grids, token_counts=tuple(counts)) if counts else None,
+    )
+
+
+def batches(step: int) -> list[Batch]:
+    """The global batch, the same for every layout."""
+    samples = [sample(step * GLOBAL_BATCH + i) for i in range(GLOBAL_BATCH)]
+    return [collate(samples[i : i + MICRO_BATCH]) for i in range(0, GLOBAL_BATCH, MICRO_BATCH)]
+
+
+def reference_logits(model: Any, batch: Batch) -> Tensor:
+    logits: Tensor = model(
+        input_ids=batch.input_ids, position_ids=batch.position_ids,
+        pixel_values=batch.pixel_values, image_grid_thw=batch.image_grid_thw,
+    ).logits  # fmt: skip
+    return logits
+
+
+def reference_loss(model: Any, global_batch: list[Batch]) -> Tensor:
+    total, tokens = torch.zeros(()), torch.zeros(())
+    for batch in global_batch:
+        logits = reference_logits(model, batch).float()
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
+        total = total + (losses * batch.loss_mask.flatten()).sum()
+        tokens = tokens + batch.loss_mask.sum()
+    return total / tokens
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference over the largest value of the tensor."""
+    return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
+
+
+def grads_by_hf_name(model: QwenVL, checkpoint: Checkpoint, ranks: Ranks) -> dict[str, Tensor]:
+    """Every gradient of every rank, joined under the Hugging Face names (on rank 0; {} elsewhere)."""
+    file = f"{checkpoint.layout.rank_dir(ranks.tp_rank, ranks.pp_rank)}/model_optim_rng.pt"
+    mine = {name: p.main_grad.clone() for name, p in model.named_parameters()}  # type: ignore[attr-defined]
+    gathered: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(gathered, (file, mine))
+    held = dict(reversed(gathered))
+    canonical = {checkpoint.converter.family.canonical(ref.name): ref for ref in checkpoint.hf.tensors}
+    joined = {}
+    for name, ref in canonical.items():
+        if name.startswith("visual."):
+            first = checkpoint.layout.rank_dir(0, 0) + "/model_optim_rng.pt"
+            joined[name] = held[first][name]
+        else:
+            pieces = [
+                held[s.source.file][s.source.name].narrow(s.dim, s.source_start, s.length)
+                for s in checkpoint.plan.writes[ref]
+            ]
+            joined[name] = torch.cat(pieces, checkpoint.plan.writes[ref][0].dim)
+    return joined
+
+
+def our_logits(trainer: Trainer, batch: Batch, ranks: Ranks) -> Tensor:
+    """Logits of one micro-batch through the pipeline, joined over tensor-parallel ranks, told to everyone."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    def forward_step(iterator: Any, model: Any) -> Any:
+        return model(next(iterator), logits=True), lambda out, non_loss_data=False: out
+
+    data = get_forward_backward_func()(
+        forward_step_func=forward_step, data_iterator=iter([batch]), model=trainer.wrapped, num_microbatches=1,
+        seq_length=batch.input_ids.shape[1], micro_batch_size=batch.input_ids.shape[0], forward_only=True,
+        collect_non_loss_data=True,
+    )  # fmt: skip
+    gathered: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(
+        gathered, (ranks.tp_rank, data[0].detach()) if ranks.last_stage and ranks.dp_rank == 0 else None
+    )
+    return torch.cat([part for _, part in sorted((g for g in gathered if g), key=lambda g: g[0])], dim=-1)
+
+
+def compare(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    from mm_convert import Converter, Layout
+
+    tp, pp, tied = case["tp"], case["pp"], case["tied"]
+    parallel = ParallelConfig(tp_size=tp, pp_size=pp)
+    reference = hf_model(tied=tied)
+    hf_dir, mm_dir = folder / "hf", folder / "mm"
+    if dist.get_rank() == 0:
+        reference.save_pretrained(hf_dir)
+        layout = Layout(llm_pp_layers=[case["llm"]], vit_pp_layers=[[2] + [0] * (pp - 1)], tp_size=tp)  # type: ignore[arg-type, list-item]
+        Converter.named("Qwen2_5_VLConverter").hf_to_mm(hf_dir, mm_dir, layout)
+    dist.barrier()
+    checkpoint = Checkpoint(mm_dir, hf_dir, parallel)
+    with model_parallel(parallel) as ranks:
+        settings = transformer_config(reference.config.text_config, parallel, tuple(case["llm"]))
+        model = QwenVL(settings, reference.config, ranks)
+        checkpoint.load(model, ranks)
+        trainer = Trainer(model, OPTIMIZATION, ranks)
+        marked = [p for p in model.parameters() if getattr(p, "tensor_model_parallel", False)]
+        result: dict[str, Any] = case | {"dp": ranks.dp_size, "sharded": len(marked)}
+
+        share = len(batches(0)) // ranks.dp_size
+        mine = slice(ranks.dp_rank * share, (ranks.dp_rank + 1) * share)
+        logits = our_logits(trainer, batches(0)[0], ranks)
+        result["logits"] = relative(logits, reference_logits(reference, batches(0)[0]).detach())
+
+        loss = trainer.accumulate(batches(0)[mine])
+        expected = reference_loss(reference, batches(0))
+        expected.backward()
+        result["loss"] = abs(loss - float(expected.detach()))
+        theirs = {checkpoint.converter.family.canonical(n): p.grad for n, p in reference.named_parameters()}
+        ours = grads_by_hf_name(model, checkpoint, ranks)
+        worst = max(theirs, key=lambda n: relative(ours[n], theirs[n]))
+        result |= {"grad": relative(ours[worst], theirs[worst]), "grad_name": worst, "grads": len(theirs)}
+        result |= curve(trainer, reference, mine)
+        checkpoint.save(model, ranks, folder / "out", STEPS)
+    if dist.get_rank() == 0:
+        result["exported"] = export_difference(folder, reference)
+    return result
+
+
+def curve(trainer: Trainer, reference: Any, mine: slice) -> dict[str, float]:
+    parameters = list(reference.parameters())
+    decayed, kept = ([p for p in parameters if (p.dim() > 1) is wide] for wide in (True, False))
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": OPTIMIZATION.weight_decay}, {"params": kept, "weight_decay": 0.0}],
+        lr=OPTIMIZATION.lr, betas=(OPTIMIZATION.adam_beta1, OPTIMIZATION.adam_beta2), eps=OPTIMIZATION.adam_eps,
+    )  # fmt: skip
+    worst_loss = worst_norm = 0.0
+    first = last = 0.0
+    for step in range(STEPS):
+        ours = trainer.step(batches(step)[mine], OPTIMIZATION.lr)
+        optimizer.zero_grad()
+        loss = reference_loss(reference, batches(step))
+        loss.backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, OPTIMIZATION.clip_grad))
+        optimizer.step()
+        worst_loss = max(worst_loss, abs(ours.loss - float(loss.detach())))
+        worst_norm = max(worst_norm, abs(ours.grad_norm - norm) / norm)
+        first, last = first or float(loss.detach()), float(loss.detach())
+    return {"curve": worst_loss, "norm": worst_norm, "first": first, "last": last}
+
+
+def export_difference(folder: Path, reference: Any) -> float:
+    """Save → mm_to_hf → transformers: largest relative difference to the reference's trained weights."""
+    from mm_convert import Converter
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    Converter.named("Qwen2_5_VLConverter").mm_to_hf(folder / "out", folder / "hf", folder / "tuned")
+    model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "tuned", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys")), info
+    theirs = dict(reference.named_parameters())
+    return max(relative(p, theirs[n]) for n, p in model.named_parameters())
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+    with processes() as device, mcore_on(device):
+        for number, case in enumerate(cases):
+            result = compare(case, folder / str(number))
+            if dist.get_rank() == 0:
+                sys.stdout.write("RESULT " + json.dumps(result) + "\n")
+                sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
