@@ -17,9 +17,8 @@ from mm_finetune.config import DataConfig
 from mm_finetune.errors import DataError
 from mm_finetune.images import ImageInputs, ImageReader
 from mm_finetune.rope import mrope_positions
-from mm_finetune.template import encode
+from mm_finetune.template import IGNORE, encode
 
-IGNORE = -100
 CACHED_SAMPLES = 4096  # encoded samples kept: small data sets are decoded once, large ones are not held
 
 
