@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from mm_convert.cli import main
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import MakeModel
+
+from mm_convert.cli import main
 
 CONVERTER = "Qwen2_5_VLConverter"
 

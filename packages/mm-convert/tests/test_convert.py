@@ -10,9 +10,10 @@ import reference_layout
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mm_convert import CheckpointError, Converter, Layout, MegatronFolder
 from safetensors.torch import load_file
 from tiny_checkpoint import LLM_LAYERS, VIT_LAYERS, MakeModel, new_names, tensors
+
+from mm_convert import CheckpointError, Converter, Layout, MegatronFolder
 
 QWEN = Converter.named("Qwen2_5_VLConverter")
 

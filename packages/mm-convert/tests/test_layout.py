@@ -1,4 +1,5 @@
 import pytest
+
 from mm_convert import Layout, LayoutError
 
 

@@ -1,6 +1,7 @@
 """A plan that would lose or invent a byte is not a plan."""
 
 import pytest
+
 from mm_convert.errors import TotalityError
 from mm_convert.plan import Plan, Ref, Segment, Spec
 

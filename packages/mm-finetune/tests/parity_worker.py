@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
 from mm_finetune.config import OptimizationConfig, ParallelConfig
 from mm_finetune.data import Batch, EncodedSample, collate
 from mm_finetune.engine.device import mcore_on
@@ -22,7 +24,6 @@ from mm_finetune.engine.step import Trainer
 from mm_finetune.engine.weights import Checkpoint
 from mm_finetune.images import ImageInputs
 from mm_finetune.rope import mrope_positions
-from torch import Tensor
 
 IMAGE, VISION_START, VOCAB = 250, 248, 256
 STEPS, GLOBAL_BATCH, MICRO_BATCH = 10, 8, 2
@@ -213,8 +214,9 @@ def curve(trainer: Trainer, reference: Any, mine: slice) -> dict[str, float]:
 
 def export_difference(folder: Path, reference: Any) -> float:
     """Save → mm_to_hf → transformers: largest relative difference to the reference's trained weights."""
-    from mm_convert import Converter
     from transformers import Qwen2_5_VLForConditionalGeneration
+
+    from mm_convert import Converter
 
     Converter.named("Qwen2_5_VLConverter").mm_to_hf(folder / "out", folder / "hf", folder / "tuned")
     model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "tuned", output_loading_info=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from mm_finetune.engine.device import _cpu_names, mcore_on
 
 CPU = torch.device("cpu")

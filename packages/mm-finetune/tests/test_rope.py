@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mm_finetune.rope import mrope_positions
 
 IMAGE, START = 90, 88

@@ -1,6 +1,7 @@
 import math
 
 import pytest
+
 from mm_finetune.schedule import learning_rate
 
 

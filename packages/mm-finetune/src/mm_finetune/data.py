@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mm_datafmt import Sample, read
 from torch import Tensor
 
+from mm_datafmt import DataFormatError, Sample, read
 from mm_finetune.config import DataConfig
-from mm_finetune.errors import DataError
+from mm_finetune.errors import ConfigError, DataError
 from mm_finetune.images import ImageInputs, ImageReader
 from mm_finetune.rope import mrope_positions
 from mm_finetune.template import IGNORE, encode
@@ -56,7 +56,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
-        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 class Dataset:
@@ -67,20 +68,25 @@ class Dataset:
         hf_dir: the model folder: tokenizer and image processor.
 
     Raises:
-        DataError: no record.
+        DataError: no record, or not a data set.
+        ConfigError: no model in `hf_dir`.
     """
 
     def __init__(self, config: DataConfig, hf_dir: Path) -> None:
+        # Looked at first: transformers would take a folder that is not there for the name of a download.
+        if not (hf_dir / "config.json").is_file():
+            raise ConfigError(f"{hf_dir} is no Hugging Face folder: it has no config.json; is model.hf_dir right?")
         from transformers import AutoConfig, AutoTokenizer
 
         self.config = config
-        self.samples: list[Sample] = list(islice(read(config.path), config.max_samples))
-        if not self.samples:
-            raise DataError(f"{config.path} holds no record")
+        try:
+            self.samples: list[Sample] = list(islice(read(config.path), config.max_samples))
+        except DataFormatError as error:
+            raise DataError(f"{error}; make the file with mm-datafmt convert") from error
         self.root = config.dataset_dir or config.path.parent
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(hf_dir)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(hf_dir, local_files_only=True)
         self.read_images = ImageReader(hf_dir, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
-        model = AutoConfig.from_pretrained(hf_dir)
+        model = AutoConfig.from_pretrained(hf_dir, local_files_only=True)
         self.image_token_id: int = model.image_token_id
         self.merge_size: int = model.vision_config.spatial_merge_size
         self._encoded = lru_cache(maxsize=CACHED_SAMPLES)(self._encode)

@@ -34,12 +34,12 @@ class RunLog:
         path: the JSONL file; None on processes that say nothing.
         steps: steps of the run.
         samples: samples a step.
-        console: where lines go.
+        console: where lines go; default: stdout.
     """
 
-    def __init__(self, path: Path | None, *, steps: int, samples: int, console: TextIO = sys.stdout) -> None:
+    def __init__(self, path: Path | None, *, steps: int, samples: int, console: TextIO | None = None) -> None:
         self.file = path.open("w", encoding="utf-8") if path else None
-        self.steps, self.samples, self.console = steps, samples, console
+        self.steps, self.samples, self.console = steps, samples, console or sys.stdout
         self.started = self.before = time.monotonic()
         self.line_due = 0.0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,13 +69,12 @@ def train(run: PreparedRun) -> Path:
         run.checkpoint.load(model, ranks)
         model.to(device)
         trainer = Trainer(model, config.train, ranks)
-        log = _start(config, ranks)
-        for step in range(1, config.train.steps + 1):
-            batches, tokens = _batches(run, step, ranks, device)
-            lr = _learning_rate(config, step)
-            result = trainer.step(batches, lr)
-            log.step(step, loss=result.loss, lr=lr, grad_norm=result.grad_norm, tokens=tokens)
-        log.close()
+        with closing(_start(config, ranks)) as log:
+            for step in range(1, config.train.steps + 1):
+                batches, tokens = _batches(run, step, ranks, device)
+                lr = _learning_rate(config, step)
+                result = trainer.step(batches, lr)
+                log.step(step, loss=result.loss, lr=lr, grad_norm=result.grad_norm, tokens=tokens)
         target = config.output.dir / "checkpoint"
         run.checkpoint.save(model, ranks, target, config.train.steps)
         torch.distributed.barrier()

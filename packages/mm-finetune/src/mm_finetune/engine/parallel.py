@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
-
 from torch._C._distributed_c10d import HashStore
 
 from mm_finetune.config import ParallelConfig
@@ -116,6 +115,7 @@ def transformer_config(text: Any, parallel: ParallelConfig, llm_pp_layers: tuple
         params_dtype=torch.float32,
         pipeline_dtype=torch.float32,
         calculate_per_token_loss=True,
+        cuda_graph_scope=[],
         # Without it the shards are not marked as such, and the gradient norm counts rank 0's only.
         perform_initialization=True,
         use_cpu_initialization=True,

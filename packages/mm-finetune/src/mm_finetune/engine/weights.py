@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
 from mm_convert import (
     Converter,
     ConvertError,
@@ -27,8 +29,6 @@ from mm_convert import (
     relate,
 )
 from mm_convert.megatron import CHECKPOINT_VERSION, RANK_FILE, TRACKER, load_rank_file, spec_of
-from torch import Tensor
-
 from mm_finetune.config import ParallelConfig
 from mm_finetune.engine.model import QwenVL
 from mm_finetune.engine.parallel import Ranks

@@ -42,8 +42,8 @@ def train_tokenizer(texts: Iterable[str]) -> Any:
 
     The same texts give the same tokenizer.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from tokenizers import Regex as Pattern
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())

@@ -1,0 +1,27 @@
+"""Writes a file whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ascend_envcheck.errors import OutputExistsError
+
+
+def write_new(path: Path, text: str, *, overwrite: bool) -> None:
+    """Writes text to a new file: under another name beside it, renamed when complete.
+
+    Raises:
+        OutputExistsError: the file is there and ``overwrite`` is false.
+        OSError: the folder is missing or can't be written to.
+    """
+    if path.exists() and not overwrite:
+        raise OutputExistsError(f"{path} exists; choose another name or give --overwrite")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except BaseException:
+        if temporary.exists():
+            temporary.unlink()
+        raise

@@ -1,0 +1,106 @@
+"""Processes with a time limit that is kept even when the process can't be killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import TYPE_CHECKING, Mapping, Sequence
+
+from ascend_envcheck.probes.tree import Tree
+from ascend_envcheck.snapshot import CRASHED, FAILED, MISSING, OK, TIMEOUT, CommandFacts
+
+if TYPE_CHECKING:
+    import subprocess
+
+MAX_CHARS = 64 * 1024
+
+_NPU_SMI_FOLDERS = ("/usr/local/bin", "/usr/local/sbin", "/usr/bin", "/usr/local/Ascend/driver/tools")
+
+
+def run(argv: Sequence[str], environ: Mapping[str, str], *, seconds: float) -> tuple[str, str, str, str]:
+    """Runs a command without a shell and without input.
+
+    Returns:
+        The outcome (ok, failed, crashed, timeout, missing), why in words, and the heads of stdout and stderr.
+    """
+    import subprocess  # 6 ms, which `--help` need not pay
+
+    try:
+        process = subprocess.Popen(
+            list(argv),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**environ, "LC_ALL": "C"},
+            start_new_session=True,
+        )
+    except (OSError, ValueError) as error:
+        return (MISSING if isinstance(error, FileNotFoundError) else FAILED), str(error), "", ""
+    try:
+        raw_out, raw_err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        _abandon(process)
+        return TIMEOUT, f"no answer within {seconds:g} s", _text(error.stdout), _text(error.stderr)
+    except BaseException:
+        _abandon(process)
+        raise
+    out, err = _text(raw_out), _text(raw_err)
+    return (*_outcome(process.returncode), out, err)
+
+
+def run_npu_smi(tree: Tree, environ: Mapping[str, str], *, seconds: float) -> CommandFacts:
+    """The outcome of ``npu-smi info``, the first found on PATH or where the driver puts it."""
+    executable = _find(tree, "npu-smi", [*environ.get("PATH", "").split(os.pathsep), *_NPU_SMI_FOLDERS])
+    if executable is None:
+        return CommandFacts(
+            outcome=MISSING, detail="npu-smi is neither on PATH nor in /usr/local/bin or /usr/local/sbin"
+        )
+    outcome, detail, out, err = run([executable, "info"], environ, seconds=seconds)
+    return CommandFacts(outcome=outcome, detail=detail, output=out + err)
+
+
+def last_line(text: str) -> str:
+    """The last line that is not blank, cut to what a person reads; "" when there is none."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else ""
+
+
+def _find(tree: Tree, name: str, folders: list[str]) -> str | None:
+    for folder in folders:
+        path = f"{folder}/{name}"
+        if tree.resolve(path) is not None and os.access(tree.real(path), os.X_OK):
+            return str(tree.real(path))
+    return None
+
+
+def _outcome(code: int) -> tuple[str, str]:
+    if code == 0:
+        return OK, ""
+    if code > 0:
+        return FAILED, f"exit status {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return CRASHED, f"ended by {name}"
+
+
+def _text(raw: bytes | None) -> str:
+    return (raw or b"")[-MAX_CHARS:].decode("utf-8", errors="replace")
+
+
+def _abandon(process: subprocess.Popen[bytes]) -> None:
+    """Kills the process and its children, and waits no longer: a hung driver leaves processes that never end."""
+    import subprocess
+
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except OSError:
+        process.kill()
+    for stream in (process.stdout, process.stderr):
+        if stream is not None:
+            stream.close()
+    try:
+        process.wait(timeout=1)
+    except subprocess.TimeoutExpired:
+        return

@@ -1,0 +1,62 @@
+"""What the package promises of itself: the standard library only, Python 3.8, a light import, a true manual."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ascend_envcheck
+from ascend_envcheck import errors
+
+SOURCE = Path(ascend_envcheck.__file__).parent
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_the_syntax_is_that_of_3_8_and_imports_are_of_the_standard_library(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 8))
+    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    roots = {name.split(".")[0] for name in names}
+    assert roots <= {*sys.stdlib_module_names, "ascend_envcheck"}
+
+
+def test_the_import_is_light() -> None:
+    code = "import sys, ascend_envcheck; print(*(name for name in sys.modules if name.startswith('ascend_envcheck')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["ascend_envcheck"]
+
+
+def test_the_manual_is_true() -> None:
+    for name in ascend_envcheck.__all__:
+        assert getattr(ascend_envcheck, name) is not None
+    assert set(dir(ascend_envcheck)) == {*ascend_envcheck.__all__, "__version__"}
+    with pytest.raises(AttributeError, match="colect"):
+        ascend_envcheck.colect  # noqa: B018
+
+
+def test_the_version_is_the_one_of_the_distribution() -> None:
+    pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert f'version = "{ascend_envcheck.__version__}"' in pyproject
+    assert f"## {ascend_envcheck.__version__}" in (Path(__file__).parents[1] / "CHANGELOG.md").read_text()
+
+
+def test_every_error_is_drawn_and_a_standard_one_too() -> None:
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and kind is not errors.EnvcheckError]
+    for kind in kinds:
+        assert issubclass(kind, errors.EnvcheckError)
+        assert kind.__name__ in (errors.__doc__ or "")
+        assert any(issubclass(kind, base) for base in (ValueError, OSError))
+
+
+def test_ids_are_unique_and_in_the_readme() -> None:
+    ids = [rule.id for rule in ascend_envcheck.RULES]
+    assert len(set(ids)) == len(ids)
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert [
+        line.split("`")[1] for line in readme.splitlines() if line.startswith("| `") and "`ascend-" not in line
+    ] == ids

@@ -1,0 +1,233 @@
+"""Probes look at what is broken, hung, endless or secret, and go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_machine import TORCH_ON_CPU, TORCH_WITH_NPU, FakeMachine, healthy
+
+from ascend_envcheck import Snapshot, collect
+from ascend_envcheck.probes import host
+from ascend_envcheck.probes.command import last_line, run
+from ascend_envcheck.probes.tree import MAX_BYTES, Tree
+
+ENV = {"PATH": "/usr/bin:/bin"}
+
+
+def test_an_empty_machine(machine: FakeMachine) -> None:
+    snapshot = machine.snapshot()
+    assert not any((snapshot.distributions, snapshot.files, snapshot.devices, snapshot.paths))
+    assert snapshot.imports.torch == snapshot.npu_smi.outcome == "missing"
+    assert snapshot.python.version == ".".join(map(str, sys.version_info[:3]))
+
+
+def test_steps_are_told_and_the_import_can_be_left_out(tmp_path: Path) -> None:
+    steps: list[str] = []
+    snapshot = collect(root=str(tmp_path), environ={}, search_path=[], import_torch=False, progress=steps.append)
+    assert snapshot.imports.torch == "not-run"
+    assert steps == ["reading version files", "asking npu-smi"]
+
+
+def test_run() -> None:
+    assert run(["/bin/sh", "-c", "echo out; echo err >&2"], ENV, seconds=60) == ("ok", "", "out\n", "err\n")
+    assert run(["/bin/sh", "-c", "exit 3"], ENV, seconds=60)[:2] == ("failed", "exit status 3")
+    assert run(["/bin/sh", "-c", "kill -9 $$"], ENV, seconds=60)[:2] == ("crashed", "ended by SIGKILL")
+    assert run(["/no/such/file"], ENV, seconds=60)[0] == "missing"
+    assert run(["/"], ENV, seconds=60)[0] == "failed"
+    assert run(["/bin/cat"], ENV, seconds=60)[0] == "ok"  # no input to wait for
+
+
+def test_a_time_limit_ends_the_children_too(tmp_path: Path) -> None:
+    """The shell's child holds the pipe and would keep it open; it is ended with the shell."""
+    script = f"echo before; sleep 1000 & echo $! > {tmp_path}/pid; wait"
+    outcome, detail, out, _ = run(["/bin/sh", "-c", script], ENV, seconds=2)
+    assert (outcome, detail, out) == ("timeout", "no answer within 2 s", "before\n")
+    child = int((tmp_path / "pid").read_text())
+    state = Path(f"/proc/{child}/stat")
+    assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def test_a_process_that_can_not_be_ended_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hung driver leaves processes that no signal ends; the probe goes on."""
+    left: list[subprocess.Popen[bytes]] = []
+
+    def never(self: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        left.append(self)
+        raise subprocess.TimeoutExpired("npu-smi", timeout or 0)
+
+    def refuse(pid: int, number: int) -> None:
+        raise PermissionError("not yours")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess.Popen, "wait", never)
+        patch.setattr(os, "killpg", refuse)
+        assert run(["/bin/sleep", "1000"], ENV, seconds=1)[0] == "timeout"
+    assert left[0].wait() == -signal.SIGKILL
+
+
+def test_an_interruption_ends_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def interrupt(self: subprocess.Popen[bytes], **options: object) -> tuple[bytes, bytes]:
+        started.append(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(["/bin/sleep", "1000"], ENV, seconds=60)
+    assert started[0].returncode == -signal.SIGKILL
+
+
+def test_a_real_time_signal_has_no_name() -> None:
+    number = signal.SIGRTMIN + 1
+    assert run(["/bin/sh", "-c", f"kill -{number} $$"], ENV, seconds=60)[1] == f"ended by signal {number}"
+
+
+def test_last_line() -> None:
+    assert last_line("a\n b \n\n") == "b"
+    assert last_line("\n") == ""
+    assert len(last_line("x" * 10_000)) == 300
+
+
+def test_torch_that_hangs(machine: FakeMachine) -> None:
+    machine.torch("2.7.1", "import time; time.sleep(1000)")
+    seen = machine.snapshot(import_seconds=1).imports
+    assert (seen.torch, seen.torch_detail, seen.torch_alone) == ("timeout", "no answer within 1 s", "timeout")
+
+
+def test_torch_npu_that_dies_leaves_what_torch_said(machine: FakeMachine) -> None:
+    machine.torch("2.7.1", TORCH_ON_CPU)
+    machine.torch_npu("2.7.1", "import os, signal; os.kill(os.getpid(), signal.SIGABRT)")
+    seen = machine.snapshot().imports
+    assert (seen.torch, seen.torch_version, seen.accelerator_api) == ("ok", "2.7.1", True)
+    assert (seen.torch_npu, seen.torch_npu_detail) == ("crashed", "ended by SIGABRT")
+
+
+def test_what_torch_prints_is_not_taken_for_facts(machine: FakeMachine) -> None:
+    machine.torch("2.7.1", 'print(\'envcheck:{"torch": "missing"}\')\n' + TORCH_ON_CPU)
+    machine.module("sitecustomize", "print('hello')")
+    assert machine.snapshot().imports.torch == "ok"
+
+
+def test_autoload_that_is_off_already_is_not_tried_again(machine: FakeMachine) -> None:
+    machine.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    machine.torch("2.7.1", "raise ImportError('libtorch.so')")
+    seen = machine.snapshot().imports
+    assert (seen.torch, seen.torch_detail, seen.torch_alone) == ("failed", "ImportError: libtorch.so", "not-run")
+
+
+def test_the_working_folder_is_not_searched(
+    machine: FakeMachine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.torch("2.7.1", TORCH_ON_CPU)
+    (tmp_path / "json.py").write_text("raise SystemExit('the wrong json')")
+    monkeypatch.chdir(tmp_path)
+    assert machine.snapshot().imports.torch == "ok"
+
+
+def test_torch_is_never_imported_here(machine: FakeMachine) -> None:
+    machine.torch("2.7.1", TORCH_WITH_NPU)
+    before = sys.modules.get("torch")
+    assert machine.snapshot().imports.device == "npu"
+    assert sys.modules.get("torch") is before
+
+
+def test_the_home_is_hidden_and_other_variables_are_not_kept(machine: FakeMachine) -> None:
+    machine.environ.update(AWS_SECRET_ACCESS_KEY="hunter2", HCCL_IF_IP="10.1.2.3")
+    home = "/home/ada/Ascend/cann"
+    machine.file(f"{home}/runtime/version.info", "version_dir=8.5.0\nInstallUser=/home/ada\npath=/home/adalbert\n")
+    machine.file(f"{home}/set_env.sh")
+    machine.source(home)
+    machine.torch("2.7.1", "raise ImportError('/home/ada/lib/libtorch.so: gone')")
+    text = machine.snapshot().to_json()
+    assert "hunter2" not in text
+    assert "10.1.2.3" not in text
+    assert "/home/ada" not in text.replace("/home/adalbert", "")
+    again = Snapshot.from_json(text)
+    assert again.cann_homes == ("~/Ascend/cann",)
+    assert "~/Ascend/cann/runtime/version.info" in again.files
+    assert again.imports.torch_detail.startswith("ImportError: ~/lib")
+
+
+def test_a_home_of_root_hides_nothing(machine: FakeMachine) -> None:
+    machine.environ["HOME"] = "/"
+    healthy(machine)
+    assert machine.snapshot().cann_homes == ("/usr/local/Ascend/ascend-toolkit/latest",)
+
+
+def test_the_first_home_wins_and_each_counts_once(machine: FakeMachine) -> None:
+    machine.new_cann("8.5.0")
+    old = machine.old_cann("8.2.RC1")
+    machine.environ["ASCEND_TOOLKIT_HOME"] = old + "/"
+    machine.environ["ASCEND_HOME_PATH"] = "relative/path"
+    assert machine.snapshot().cann_homes == (old, "/usr/local/Ascend/cann")
+
+
+def test_the_driver_lies_where_its_installer_says(machine: FakeMachine) -> None:
+    machine.file("/etc/ascend_install.info", "UserName=HwHiAiUser\nDriver_Install_Path_Param=/opt/Ascend\n")
+    machine.file("/opt/Ascend/driver/version.info", "Version=25.0.rc1\n")
+    assert machine.snapshot().files["/opt/Ascend/driver/version.info"] == "Version=25.0.rc1\n"
+
+
+def test_nodes_are_written_down_with_access(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.npu()
+    machine.file("/dev/davinci0_other")
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("davinci0"))
+    assert machine.snapshot().devices == {
+        "/dev/davinci0": "denied",
+        "/dev/davinci_manager": "rw",
+        "/dev/devmm_svm": "rw",
+        "/dev/hisi_hdc": "rw",
+    }
+
+
+def test_a_tree_of_odd_files(tmp_path: Path) -> None:
+    tree = Tree(str(tmp_path))
+    (tmp_path / "binary").write_bytes(b"version=\xff\x00" + b"x" * MAX_BYTES)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "out").symlink_to("/")
+    os.mkfifo(tmp_path / "pipe")
+    text = tree.text("/binary")
+    assert text is not None
+    assert text.startswith("version=\ufffd\x00x")
+    assert len(text) == MAX_BYTES
+    assert tree.text("/folder") is tree.text("/pipe") is tree.text("/loop") is tree.text("/none") is None
+    assert tree.text("/nul\0byte") is tree.resolve("/nul\0byte") is tree.resolve("/loop") is tree.resolve("") is None
+    assert tree.resolve("/folder") == "/folder"
+    assert tree.resolve("/out") == "/"
+    assert tree.names("/binary") == tree.names("/none") == ()
+
+
+def test_an_unreadable_file_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "secret").write_text("x")
+
+    def refuse(*arguments: object) -> None:
+        raise PermissionError("no")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert Tree(str(tmp_path)).text("/secret") is None
+
+
+def test_distributions_half_removed(tmp_path: Path) -> None:
+    (tmp_path / "torch-2.7.1.dist-info").mkdir()  # pip was stopped: no METADATA
+    broken = tmp_path / "transformers-5.0.0.dist-info"
+    broken.mkdir()
+    (broken / "METADATA").write_text("Name: transformers\n")
+    garbled = tmp_path / "torchvision-0.22.1.dist-info"
+    garbled.mkdir()
+    (garbled / "METADATA").write_bytes(b"Name: torchvision\nVersion: \xff\xfe\n")
+    assert host.distributions([str(tmp_path)]) == {}
+
+
+def test_only_requirements_on_torch_are_kept(machine: FakeMachine) -> None:
+    machine.distribution(
+        "torchvision", "0.22.1", "numpy", "torch (==2.7.1)", "torchaudio==2.7.1", "torch>=2 ; extra == 'x'"
+    )
+    found = host.distributions([str(machine.site)])["torchvision"]
+    assert (found.version, found.requires) == ("0.22.1", ("torch (==2.7.1)", "torch>=2 ; extra == 'x'"))
