@@ -12,6 +12,7 @@ from types import ModuleType
 from mm_finetune.commands import eval as eval_command
 from mm_finetune.commands import mini, report, train
 from mm_finetune.errors import FinetuneError
+from mm_finetune.launch import process_rank
 
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "train": (train, "fine-tune a converted model; under torchrun for several processes"),
@@ -42,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         # Under torchrun the signal comes twice: from the terminal and from the launcher.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        print("mm-finetune: interrupted; nothing that looks finished was left", file=sys.stderr)
+        if process_rank()[0] == 0:
+            print("mm-finetune: interrupted; nothing that looks finished was left", file=sys.stderr)
         return 130
     except Exception:  # noqa: BLE001  # the edge of the command: a defect of ours, shown whole
         traceback.print_exc()

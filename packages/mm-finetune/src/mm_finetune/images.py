@@ -70,7 +70,7 @@ class ImageReader:
         return ImageInputs(torch.cat([patches for patches, _ in read]), grids, tuple(counts.tolist()))
 
     def _patches(self, path: Path) -> tuple[Tensor, Tensor]:
-        picture = _rgb(path)
+        picture = read_rgb(path)
         try:
             features = self._processor(images=picture, size=self._size, return_tensors="pt")
         except ValueError as error:
@@ -91,12 +91,18 @@ def _processor(hf_dir: Path) -> Any:
         raise ConfigError(f"{hf_dir / CONFIG_FILE} can't be used: {error}") from error
 
 
-def _rgb(path: Path) -> Image:
+def read_rgb(path: Path) -> Image:
+    """Open a picture file as RGB.
+
+    Raises:
+        DataError: names the picture that is missing or damaged.
+    """
     from PIL import Image
 
     try:
         with Image.open(path) as picture:
-            return picture.convert("RGB")
+            rgb: Image.Image = picture.convert("RGB")
+            return rgb
     # Pillow reports damage as OSError, ValueError, SyntaxError or EOFError, depending on the format.
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         missing = isinstance(error, FileNotFoundError)

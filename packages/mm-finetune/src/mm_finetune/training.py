@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from contextlib import closing
 from dataclasses import dataclass
@@ -124,8 +123,3 @@ def _start(config: TrainConfig, ranks: Ranks) -> RunLog:
         (config.output.dir / "config.yaml").write_text(text, encoding="utf-8")
         log_path = config.output.dir / "metrics.jsonl"
     return RunLog(log_path, steps=config.train.steps, samples=config.train.global_batch_size)
-
-
-def process_rank() -> tuple[int, int]:
-    """Rank and number of processes, as torchrun says."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

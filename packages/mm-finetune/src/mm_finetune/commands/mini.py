@@ -18,8 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make the folder."""
+    from transformers.utils import logging
+
     from mm_finetune.mini import make
 
+    logging.disable_progress_bar()  # it writes even where nobody looks
     folder = make(
         args.directory,
         seed=args.seed,

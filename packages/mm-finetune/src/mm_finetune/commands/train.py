@@ -20,7 +20,8 @@ def run(args: argparse.Namespace) -> int:
     """
     from mm_finetune.config import load_config
     from mm_finetune.errors import FinetuneError
-    from mm_finetune.training import prepare, process_rank, train
+    from mm_finetune.launch import process_rank
+    from mm_finetune.training import prepare, train
 
     rank, world_size = process_rank()
     try:

@@ -24,7 +24,7 @@ __all__ = ["make"]
 TRAIN_YAML = """\
 model:    {hf_dir: hf, load: mm}
 data:     {path: data/train.json, seq_length: 128}
-train:    {steps: 300, global_batch_size: 32, micro_batch_size: 16, lr: 1.0e-3, warmup_fraction: 0.1, seed: 0}
+train:    {steps: 300, global_batch_size: 32, micro_batch_size: 16, lr: 1.0e-3, weight_decay: 0.05}
 parallel: {tp_size: 1, pp_size: 2}
 output:   {dir: run}
 """

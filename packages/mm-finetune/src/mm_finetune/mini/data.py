@@ -115,16 +115,16 @@ def photographs(*, seed: int) -> Split:
     train: list[Example] = []
     heldout: list[Example] = []
     for file, subject in PHOTOGRAPHS.items():
-        tiles = list(_tiles(_photograph(file)))
-        rng.shuffle(tiles)
-        kept = round(len(tiles) * HELDOUT_SHARE)
-        for number, tile in enumerate(tiles):
+        found = list(tiles(_photograph(file)))
+        rng.shuffle(found)
+        kept = round(len(found) * HELDOUT_SHARE)
+        for number, tile in enumerate(found):
             name = f"photographs/{subject}-{number:02d}"
             if number < kept:
                 heldout += _questions(name, tile, subject, rng)
                 continue
             for part in range(CROPS_PER_TILE):
-                train += _questions(f"{name}-{part}", _part(tile, rng), subject, rng)
+                train += _questions(f"{name}-{part}", part_of(tile, rng), subject, rng)
     return Split(train=train, heldout=heldout)
 
 
@@ -159,10 +159,12 @@ def _photograph(file: str) -> Image:
     from PIL import Image
 
     with resources.as_file(resources.files("skimage.data") / file) as path, Image.open(path) as picture:
-        return picture.copy()
+        whole: Image.Image = picture.copy()
+        return whole
 
 
-def _tiles(picture: Image) -> Iterator[Image]:
+def tiles(picture: Image) -> Iterator[Image]:
+    """Squares side by side that share no pixel, without those that show nothing."""
     from PIL import ImageStat
 
     side = min(picture.size) // TILES
@@ -173,7 +175,7 @@ def _tiles(picture: Image) -> Iterator[Image]:
                 yield tile
 
 
-def _part(tile: Image, rng: random.Random) -> Image:
+def part_of(tile: Image, rng: random.Random) -> Image:
     """A square of 60 to 100 % of a tile, half of the time mirrored."""
     from PIL import ImageOps
 

@@ -9,6 +9,9 @@ from typing import Any
 from mm_finetune.mini.tokenizer import VOCAB_SIZE
 
 HIDDEN_SIZE = 128
+# 1 / sqrt(hidden size), about: a layer then keeps the size of what it is given. The usual 0.02 fits models ten times as
+# wide; here it takes four times the steps to get going.
+INITIALIZER_RANGE = 0.08
 # Pictures of the mini data set are 56 and 112 pixels a side: 4 and 16 tokens.
 PREPROCESSOR = {
     "image_processor_type": "Qwen2VLImageProcessor",
@@ -34,6 +37,7 @@ def model_config(tokenizer: Any) -> Any:
         text_config={
             "vocab_size": VOCAB_SIZE, "hidden_size": HIDDEN_SIZE, "intermediate_size": 352, "num_hidden_layers": 4,
             "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "max_position_embeddings": 4096,
+            "initializer_range": INITIALIZER_RANGE,
             "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e6},
             "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<|endoftext|>"],
@@ -42,6 +46,7 @@ def model_config(tokenizer: Any) -> Any:
             "depth": 4, "hidden_size": 64, "intermediate_size": 176, "num_heads": 4, "out_hidden_size": HIDDEN_SIZE,
             "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "tokens_per_second": 2,
             "window_size": 56, "fullatt_block_indexes": [1, 3],
+            "initializer_range": INITIALIZER_RANGE,
         },
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],

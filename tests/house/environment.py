@@ -1,0 +1,97 @@
+"""A virtual environment that knows how it was made, and is made anew when that would come out differently."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class CommandError(RuntimeError):
+    """A command ended with something else than 0; the message holds the command and its exit code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What fills an environment.
+
+    Attributes:
+        installs: argument lists of `pip install`, carried out in this order.
+        depends_on: texts that decide what these calls bring (constraints, declared dependencies); a change in one
+            of them makes the environment out of date.
+    """
+
+    installs: tuple[tuple[str, ...], ...]
+    depends_on: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """A name for what comes out: equal recipes under equal Pythons have equal digests."""
+        parts = (sys.version, sys.base_prefix, *map(repr, self.installs), *self.depends_on)
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment of this Python in the folder `path`."""
+
+    path: Path
+
+    @property
+    def python(self) -> Path:
+        """Its interpreter."""
+        return self.path / "bin" / "python"
+
+    def command(self, name: str) -> Path:
+        """The console script `name` inside."""
+        return self.path / "bin" / name
+
+    def prepare(self, recipe: Recipe) -> bool:
+        """Make it as `recipe` says, unless it already is; True when it was made anew.
+
+        The recipe's digest is removed first and written last: an interrupted making is never taken for a finished one.
+
+        Raises:
+            CommandError: the environment cannot be made, or pip found no way.
+        """
+        seal = self.path / "recipe.sha256"
+        if seal.is_file() and seal.read_text(encoding="utf-8") == recipe.digest:
+            return False
+        seal.unlink(missing_ok=True)
+        execute([sys.executable, "-m", "venv", "--clear", str(self.path)])
+        for arguments in recipe.installs:
+            self.install(*arguments)
+        seal.write_text(recipe.digest, encoding="utf-8")
+        return True
+
+    def install(self, *arguments: str) -> None:
+        """Run `pip install` inside, with its progress where somebody watches; raises `CommandError`."""
+        verbosity = () if sys.stdout.isatty() else ("--quiet",)
+        self.run("-m", "pip", "--disable-pip-version-check", "install", *verbosity, *arguments)
+
+    def run(self, *arguments: str | Path, cwd: Path | None = None) -> None:
+        """Run its Python, with nothing of the outside in the way; raises `CommandError`.
+
+        `PYTHONPATH` and the user's site-packages would lend the environment what it lacks, so both are shut off. Its
+        own commands are the first on `PATH`.
+        """
+        execute([str(self.python), *map(str, arguments)], cwd=cwd, env=self.variables())
+
+    def variables(self) -> dict[str, str]:
+        """The process variables that `run` uses."""
+        kept = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTHONHOME"}}
+        path = os.pathsep.join([str(self.path / "bin"), kept.get("PATH", os.defpath)])
+        return {**kept, "PATH": path, "VIRTUAL_ENV": str(self.path), "PYTHONNOUSERSITE": "1"}
+
+
+def execute(command: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> None:
+    """Print `command`, run it, and raise `CommandError` when it fails."""
+    print("+", shlex.join(command), flush=True)
+    code = subprocess.run(command, cwd=cwd, env=env, check=False).returncode
+    if code != 0:
+        raise CommandError(f"exit code {code}: {shlex.join(command)}")
