@@ -174,7 +174,11 @@ def load_model(hf_dir: Path) -> Any:
 
     try:
         model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            hf_dir, dtype="auto", local_files_only=True, output_loading_info=True
+            hf_dir,
+            dtype="auto",
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported below, by name
         )
     except (SafetensorError, RuntimeError, ValueError, OSError) as error:
         raise CheckpointError(f"the model in {hf_dir} can't be read: {error}") from error

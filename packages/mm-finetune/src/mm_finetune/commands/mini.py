@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
         digits=args.digits,
         heldout_digits=args.heldout_digits,
         overwrite=args.overwrite,
+        progress=True,
     )
     sys.stdout.write(f"made {folder}: model hf/, data data/, configuration train.yaml\n")
     return 0

@@ -37,6 +37,7 @@ def make(
     digits: int | None = None,
     heldout_digits: int = 300,
     overwrite: bool = False,
+    progress: bool = False,
 ) -> Path:
     """Make model and data; the folder appears when it is complete.
 
@@ -46,6 +47,7 @@ def make(
         digits: handwritten digits to train on; default: all that are not held out.
         heldout_digits: handwritten digits to hold out.
         overwrite: replace a folder that this function made, with everything in it.
+        progress: show a bar, on a terminal.
 
     Returns:
         The folder.
@@ -70,7 +72,7 @@ def make(
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.name} is not installed: pip install 'mm-finetune[demo]'") from error
     with new_folder(folder) as temporary:
-        data.write_data(temporary / "data", split, seed=seed)
+        data.write_data(temporary / "data", split, seed=seed, progress=progress)
         model.save_model(temporary / "hf", trained, seed=seed)
         (temporary / "train.yaml").write_text(TRAIN_YAML, encoding="utf-8")
     return folder

@@ -141,15 +141,21 @@ def prose() -> list[str]:
     return [file.read_text(encoding="utf-8") for file in files]
 
 
-def write_data(folder: Path, split: Split, *, seed: int) -> None:
-    """Write ``images/`` and ``{train,heldout}.llava.json``, the training records shuffled."""
+def write_data(folder: Path, split: Split, *, seed: int, progress: bool = False) -> None:
+    """Write ``images/`` and ``{train,heldout}.llava.json``, the training records shuffled.
+
+    `progress` shows a bar, on a terminal.
+    """
+    from tqdm import tqdm
+
     train = list(split.train)
     random.Random(seed).shuffle(train)
     for part, examples in {"train": train, "heldout": split.heldout}.items():
-        for example in examples:
+        # disable=None: silent where there is no terminal.
+        for example in tqdm(examples, desc=part, unit="pictures", delay=1, disable=None if progress else True):
             path = folder / "images" / f"{example.name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            example.picture.save(path)
+            example.picture.save(path, compress_level=1)  # a third of the time, a tenth larger
         records = [json.dumps(example.record(), ensure_ascii=False) for example in examples]
         text = "[\n" + ",\n".join(records) + "\n]\n"
         (folder / f"{part}.llava.json").write_text(text, encoding="utf-8")

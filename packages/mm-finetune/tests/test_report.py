@@ -1,0 +1,237 @@
+"""The report: complete without anything else, harmless whatever the data says, and true."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mm_finetune.answers import Answer, Evaluation
+from mm_finetune.cli import main
+from mm_finetune.curve import running_mean
+from mm_finetune.errors import DataError, OutputExistsError
+from mm_finetune.page import interval
+from mm_finetune.report import collect, read_metrics, write_report
+
+HOSTILE = "<script>alert('x')</script><img src=http://example.com/a.png onerror=alert(1)>\"'&"
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the visible text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.visible = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.visible += data
+
+
+def answers(right: Callable[[int], bool], *, hostile: bool = False) -> list[Answer]:
+    """60 answers to two questions, and one without a picture."""
+    found = []
+    for number in range(60):
+        question = "Which digit?" if number % 3 else "Which animal?"
+        answer, correct = str(number), right(number)
+        if hostile and number < 30:
+            question = answer = HOSTILE
+        found.append(
+            Answer(
+                image=f"{number % 5}.png",
+                question=question,
+                answer=answer,
+                prediction=answer if correct else f"no {HOSTILE if hostile else ''}",
+                correct=correct,
+            )  # fmt: skip
+        )
+    text_only = Answer(image=None, question="Without a picture?", answer="y", prediction="y", correct=True)
+    return [*found, text_only]
+
+
+class World:
+    """A run of 20 steps and two evaluations in a folder."""
+
+    def __init__(self, folder: Path, *, hostile: bool = False) -> None:
+        self.run, self.before, self.after = folder / "run", folder / "before.json", folder / "after.json"
+        self.output = folder / "report.html"
+        self.run.mkdir()
+        for number in range(5):
+            Image.new("RGB", (30, 20), (number * 50, 0, 0)).save(folder / f"{number}.png")
+        rows = (
+            {"step": n, "loss": 5 / n, "lr": 1e-3 / n, "grad_norm": 1.0, "tokens": 100, "elapsed_s": n * 0.5}
+            for n in range(1, 21)
+        )
+        (self.run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        name = json.dumps(HOSTILE if hostile else "hf")
+        (self.run / "config.yaml").write_text(f"model: {{hf_dir: {name}}}\ntrain: {{steps: 20, seed: null}}\n")
+        for path, right in ((self.before, lambda n: n % 10 == 0), (self.after, lambda n: n % 4 != 0)):
+            model = HOSTILE if hostile else path.stem
+            evaluation = Evaluation(model=model, dataset_dir=folder, answers=answers(right, hostile=hostile))
+            evaluation.save(path, overwrite=False)
+
+    def write(self, *, overwrite: bool = False) -> Page:
+        write_report(self.run, before=self.before, after=self.after, output=self.output, overwrite=overwrite)
+        return Page(self.output.read_text())
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+@pytest.mark.parametrize("hostile", [False, True])
+def test_nothing_is_fetched_and_nothing_runs(tmp_path: Path, hostile: bool) -> None:
+    page = World(tmp_path, hostile=hostile).write()
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed", "base", "form", "a"}
+    for _, attributes in page.tags:
+        assert not [name for name in attributes if name.startswith("on")]
+        for name in ("src", "href", "xlink:href", "srcset", "data", "action"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("data:image/png;base64,", "#")), value
+    text = (tmp_path / "report.html").read_text()
+    assert not re.search(r"url\((?!#)|@import", text)
+    assert {"http-equiv": "Content-Security-Policy"}.items() <= next(a for t, a in page.tags if len(a) == 2).items()
+    if hostile:
+        assert HOSTILE in page.visible, "shown as it is"
+
+
+def test_numbers_are_those_of_the_evaluations(world: World) -> None:
+    visible = re.sub(r"\s+", " ", world.write().visible)
+    # 6 of 60 and the one without a picture; 45 of 60 and that one.
+    assert f"{7 / 61:.1%}" in visible
+    assert f"{46 / 61:.1%}" in visible
+    assert "of 61 records" in visible
+    animal = [n for n in range(60) if n % 3 == 0]
+    assert f"{sum(n % 4 != 0 for n in animal) / len(animal):.1%}" in visible
+    assert "15 of 61 records; 15 of them." in visible
+    assert "2,000" in visible, "tokens of all steps"
+    assert "0:10 min" in visible
+    assert "200" in visible, "tokens a second"
+    assert visible.index("Which digit?") < visible.index("Which animal?"), "the larger group first"
+
+
+def test_wrong_answers_come_first_and_are_marked_in_words(world: World) -> None:
+    report = collect(world.run, before=world.before, after=world.after)
+    assert len(report.wrong) == 15
+    assert not any(pair.after.correct for pair in report.wrong)
+    assert len(report.wrong) + len(report.sample) == 40
+    shown = {pair.after.answer for pair in report.wrong} | {pair.after.answer for pair in report.sample}
+    assert len(shown) == 40, "no record twice"
+    page = world.write()
+    verdicts = re.findall(r"[✓✗] (right|wrong)", page.visible)
+    assert verdicts == ["wrong"] * 15 + ["right"] * 25
+    pictures = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
+    assert len(pictures) == 39, "one record has no picture"
+    for source in pictures:
+        with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as picture:
+            assert picture.size == (30, 20)
+
+
+def test_the_same_inputs_give_the_same_bytes(world: World) -> None:
+    world.write()
+    first = world.output.read_bytes()
+    world.write(overwrite=True)
+    assert world.output.read_bytes() == first
+
+
+def test_a_run_that_went_wrong_is_shown_as_well(world: World) -> None:
+    lines = (world.run / "metrics.jsonl").read_text().splitlines()[:3]
+    lines += ['{"step": 4, "loss": NaN, "lr": 0.0, "tokens": 5, "elapsed_s": 0}']
+    (world.run / "metrics.jsonl").write_text("\n".join(lines))
+    assert "nan" in world.write().visible
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 1), (0, 300), (258, 300), (300, 300), (3, 7)])
+def test_the_interval_is_wilsons(right: int, count: int) -> None:
+    from scipy.stats import binomtest
+
+    expected = binomtest(right, count).proportion_ci(method="wilson")
+    assert interval(right / count, count) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_the_running_mean() -> None:
+    assert running_mean([1.0, 2.0, 6.0, 4.0], share=0.5) == [1.0, 1.5, 4.0, 5.0]
+    assert running_mean([3.0, 1.0]) == [3.0, 1.0]
+
+
+def test_an_existing_page_is_kept(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--before", str(world.before), "--after", str(world.after), "--output", str(world.output)]
+    assert main(["report", str(world.run), *options]) == 0
+    assert "11.5% -> 75.4%" in capsys.readouterr().out
+    assert main(["report", str(world.run), *options]) == 2
+    assert "add --overwrite" in capsys.readouterr().err
+    with pytest.raises(OutputExistsError):
+        world.write()
+
+
+def test_faults_of_the_run_are_named(world: World) -> None:
+    metrics = world.run / "metrics.jsonl"
+    metrics.write_text('{"step": 1}\n')
+    with pytest.raises(DataError, match="line 1 is not a step of a run.*loss"):
+        world.write()
+    metrics.write_text("[1]\n")
+    with pytest.raises(DataError, match="line 1 is not a step"):
+        read_metrics(metrics)
+    metrics.write_text("")
+    with pytest.raises(DataError, match="holds no step"):
+        world.write()
+    metrics.unlink()
+    with pytest.raises(DataError, match=r"metrics\.jsonl does not exist; a run holds"):
+        world.write()
+    assert not world.output.exists()
+
+
+def test_faults_of_the_settings_are_named(world: World) -> None:
+    config = world.run / "config.yaml"
+    for text, words in (("a: [", "is not valid YAML"), ("- 1", "must hold sections"), ("a: 1", "must hold sections")):
+        config.write_text(text)
+        with pytest.raises(DataError, match=words):
+            world.write()
+
+
+def test_faults_of_the_evaluations_are_named(world: World) -> None:
+    text = world.after.read_text()
+    value = json.loads(text)
+    value["samples"].pop()
+    world.after.write_text(json.dumps(value))
+    with pytest.raises(DataError, match="different records; evaluate both on the same --data"):
+        world.write()
+    value = json.loads(text)
+    value["samples"][0]["image"] = "1.png"
+    world.after.write_text(json.dumps(value))
+    with pytest.raises(DataError, match="different records"):
+        world.write()
+    value["samples"][0]["image"] = 5
+    for broken in (json.dumps(value), "[]", "{", '{"samples": []}', '{"samples": [{}]}', "[" * 100_000):
+        world.after.write_text(broken)
+        with pytest.raises(DataError, match="is not a file that mm-finetune eval wrote"):
+            world.write()
+    world.after.unlink()
+    with pytest.raises(DataError, match=r"after\.json does not exist"):
+        world.write()
+
+
+def test_a_missing_picture_is_named(world: World) -> None:
+    (world.run.parent / "3.png").unlink()
+    with pytest.raises(DataError, match=r"3\.png does not exist"):
+        world.write()
+    assert not world.output.exists()
+
+
+def test_a_question_cannot_steer_the_terminal(tmp_path: Path) -> None:
+    answer = Answer(image=None, question="\x1b[31mred\nline", answer="a", prediction="a", correct=True)
+    text = Evaluation(model="m", dataset_dir=tmp_path, answers=[answer]).describe()
+    assert "\x1b" not in text
+    assert len(text.splitlines()) == 2
