@@ -191,7 +191,7 @@ def test_faults_of_the_data_are_found_first(mini: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"pictures missing: .* and 2 more; is --dataset_dir right"):
         read_samples(data, tmp_path)
     data.write_text('[{"messages": [{"role": "user", "content": "only a question"}]}]')
-    with pytest.raises(DataError, match="record 1 of .* does not end with a question and its answer"):
+    with pytest.raises(DataError, match=r"record 1 of .* does not end with a question and its answer"):
         read_samples(data, tmp_path)
     data.write_text("[{")
     with pytest.raises(DataError, match=r"a\.json"):
@@ -199,7 +199,7 @@ def test_faults_of_the_data_are_found_first(mini: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_model_is_refused(mini: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"has no config.json; give the folder"):
+    with pytest.raises(ConfigError, match=r"has no config\.json; give the folder"):
         Answerer(tmp_path, max_new_tokens=1)
 
 

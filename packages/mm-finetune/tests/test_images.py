@@ -36,7 +36,8 @@ def put_together(patches: NDArray[Any], down: int, across: int) -> NDArray[Any]:
                 patch = next(rows)
                 np.testing.assert_array_equal(patch[:, 0], patch[:, 1])
                 picture[y * 14 : y * 14 + 14, x * 14 : x * 14 + 14] = patch[:, 0].transpose(1, 2, 0)
-    return (picture * STD + MEAN) * 255
+    grey: NDArray[Any] = (picture * STD + MEAN) * 255
+    return grey
 
 
 @pytest.mark.parametrize("size", [(640, 480), (480, 640), (57, 41), (20, 20), (14, 900), (2000, 30), (112, 56)])
@@ -104,7 +105,7 @@ def test_bad_pictures_are_named(mini: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_without_usable_settings_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="has no preprocessor_config.json; give the folder"):
+    with pytest.raises(ConfigError, match=r"has no preprocessor_config\.json; give the folder"):
         ImageReader(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(ConfigError, match="can't be used"):

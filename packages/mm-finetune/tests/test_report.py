@@ -5,10 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import re
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import NormalDist
 
 import pytest
 from PIL import Image
@@ -16,7 +19,7 @@ from PIL import Image
 from mm_finetune.answers import Answer, Evaluation
 from mm_finetune.cli import main
 from mm_finetune.curve import running_mean
-from mm_finetune.errors import DataError, OutputExistsError
+from mm_finetune.errors import ConfigError, DataError, OutputExistsError
 from mm_finetune.page import interval
 from mm_finetune.report import collect, read_metrics, write_report
 
@@ -54,7 +57,7 @@ def answers(right: Callable[[int], bool], *, hostile: bool = False) -> list[Answ
                 answer=answer,
                 prediction=answer if correct else f"no {HOSTILE if hostile else ''}",
                 correct=correct,
-            )  # fmt: skip
+            )
         )
     text_only = Answer(image=None, question="Without a picture?", answer="y", prediction="y", correct=True)
     return [*found, text_only]
@@ -115,7 +118,7 @@ def test_numbers_are_those_of_the_evaluations(world: World) -> None:
     assert "of 61 records" in visible
     animal = [n for n in range(60) if n % 3 == 0]
     assert f"{sum(n % 4 != 0 for n in animal) / len(animal):.1%}" in visible
-    assert "15 of 61 records; 15 of them." in visible
+    assert "15 of 61 records; 15 of them are shown." in visible
     assert "2,000" in visible, "tokens of all steps"
     assert "0:10 min" in visible
     assert "200" in visible, "tokens a second"
@@ -155,10 +158,13 @@ def test_a_run_that_went_wrong_is_shown_as_well(world: World) -> None:
 
 @pytest.mark.parametrize(("right", "count"), [(0, 1), (0, 300), (258, 300), (300, 300), (3, 7)])
 def test_the_interval_is_wilsons(right: int, count: int) -> None:
-    from scipy.stats import binomtest
-
-    expected = binomtest(right, count).proportion_ci(method="wilson")
-    assert interval(right / count, count) == pytest.approx((expected.low, expected.high), abs=1e-6)
+    # Its ends are the shares p from which the seen one lies 1.96 standard deviations sqrt(p (1 - p) / n) away.
+    z, seen = NormalDist().inv_cdf(0.975), right / count
+    for end in interval(seen, count):
+        assert abs(seen - end) == pytest.approx(z * math.sqrt(end * (1 - end) / count), abs=1e-6)
+    low, high = interval(seen, count)
+    assert 0 <= low <= seen <= high <= 1
+    assert low < high
 
 
 def test_the_running_mean() -> None:
@@ -179,7 +185,7 @@ def test_an_existing_page_is_kept(world: World, capsys: pytest.CaptureFixture[st
 def test_faults_of_the_run_are_named(world: World) -> None:
     metrics = world.run / "metrics.jsonl"
     metrics.write_text('{"step": 1}\n')
-    with pytest.raises(DataError, match="line 1 is not a step of a run.*loss"):
+    with pytest.raises(DataError, match=r"line 1 is not a step of a run.*loss"):
         world.write()
     metrics.write_text("[1]\n")
     with pytest.raises(DataError, match="line 1 is not a step"):
@@ -228,6 +234,12 @@ def test_a_missing_picture_is_named(world: World) -> None:
     with pytest.raises(DataError, match=r"3\.png does not exist"):
         world.write()
     assert not world.output.exists()
+
+
+def test_a_missing_library_is_named(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match=r"matplotlib is not installed: pip install 'mm-finetune\[demo\]'"):
+        world.write()
 
 
 def test_a_question_cannot_steer_the_terminal(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
+from mm_finetune.errors import ConfigError
+
 INK, SOFT, ACCENT = "#1d2430", "#c9ced6", "#0b6e69"
 # Fixed, so that the same numbers give the same bytes.
 STYLE = {"svg.hashsalt": "mm-finetune", "font.size": 9, "axes.edgecolor": SOFT, "text.color": INK}
@@ -22,10 +24,16 @@ def curve(steps: Sequence[int], values: Sequence[float], *, label: str, smooth: 
 
     Returns:
         An ``<svg>`` element.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is not installed: pip install 'mm-finetune[demo]'") from error
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.4, 2.7), layout="constrained")

@@ -62,9 +62,8 @@ table.settings th { width: 52%; padding-right: .75rem }
 .card.wrong { border-top: 4px dashed var(--wrong) }
 .card img { width: 100%; aspect-ratio: 1; object-fit: contain; background: #f1f3f5; border-radius: 6px; display: block }
 .card .question { margin: .55rem 0 .35rem; line-height: 1.35 }
-.said { display: grid; grid-template-columns: 3.6rem 1fr; gap: .1rem .4rem; margin: 0 }
-.said dd { margin: 0; display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden;
-  word-break: break-all }
+.said { display: grid; grid-template-columns: 3.1rem 1fr; gap: .1rem .3rem; margin: 0 }
+.said dd { margin: 0; display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden }
 .verdict { margin: 0 0 .45rem; font-weight: 600; font-size: .8125rem; color: var(--accent) }
 .card.wrong .verdict, .said .wrong { color: var(--wrong) } .said .right { color: var(--accent) }
 @media (max-width: 480px) { .bar { grid-template-columns: 3rem 1fr 8.6rem; gap: .4rem }
@@ -102,7 +101,8 @@ def interval(right: float, count: int) -> tuple[float, float]:
     z = 1.959964
     middle = (right + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(right * (1 - right) / count + z * z / (4 * count * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # Rounding would put the ends of 0 % and 100 % a hair beside them.
+    return max(0.0, min(right, middle - half)), min(1.0, max(right, middle + half))
 
 
 def _header(report: Report) -> str:
@@ -180,7 +180,7 @@ def _rows(items: Iterable[tuple[str, object]]) -> str:
 
 def _wrong_words(report: Report) -> str:
     wrong = sum(not answer.correct for answer in report.after.answers)
-    return f"{wrong:,} of {len(report.after.answers):,} records; {len(report.wrong)} of them."
+    return f"{wrong:,} of {len(report.after.answers):,} records; {len(report.wrong)} of them are shown."
 
 
 def _cards(title: str, words: str, pairs: Sequence[Pair], evaluation: Evaluation) -> str:
@@ -205,7 +205,7 @@ def _card(pair: Pair, root: Path) -> str:
 def _said(answer: Answer) -> str:
     kind, mark = ("right", "✓") if answer.correct else ("wrong", "✗")
     text = escape(answer.prediction) or '<span class="soft">(nothing)</span>'
-    return f'<span class="{kind}" role="img" aria-label="{kind}:">{mark}</span> {text}'
+    return f'<span class="{kind}" role="img" aria-label="{kind}:">{mark}</span>&nbsp;{text}'
 
 
 def _data_uri(path: Path) -> str:
