@@ -115,7 +115,9 @@ SHARD = "model-00001-of-00002.safetensors"
         (edit_shard(lambda t: t.pop(NORM)), ["missing 1", NORM]),
         (edit_shard(lambda t: t.update(surprise=torch.ones(1))), ["unknown 1", "surprise"]),
         (edit_shard(lambda t: t.update({"model.language_model.norm.weight": torch.ones(16)})), ["stands twice"]),
-        (edit_shard(lambda t: t.update({KEY: t[KEY].half()}), 1), ["dtypes", "F16", "k_proj"]),
+        (edit_shard(lambda t: t.update({KEY: t[KEY].half()})), ["dtypes", "F16", "k_proj"]),
+        (edit_shard(lambda t: t.update({KEY: torch.ones(8, 17)})), ["have shapes", "[8, 17]", "k_proj"]),
+        (edit_shard(lambda t: t.update({KEY: torch.ones(9, 16)})), ["k_proj.weight of shape [9, 16]: only 8 of 9"]),
     ],
 )  # fmt: skip
 def test_sources(damage: Callable[[Path], object], words: list[str], make_model: MakeModel, tmp_path: Path,
@@ -151,6 +153,7 @@ FC2 = "text_decoder.decoder.layers.0.mlp.linear_fc2.weight"
         (lambda mm: (mm / "latest_checkpointed_iteration.txt").write_text("12"), ["says '12'"]),
         (lambda mm: (mm / "latest_checkpointed_iteration.txt").write_text("soon"), ["says 'soon'"]),
         (lambda mm: (mm / "release/mp_rank_00_000").rename(mm / "release/mp_rank_00_002"), ["incomplete", "(0, 0)"]),
+        (lambda mm: (mm / RANK0).unlink(), ["incomplete", "model_optim_rng.pt", "(0, 0)"]),
         (lambda mm: (mm / "release/mp_rank_00_000").rename(mm / "release/mp_rank_x"), ["mp_rank_TT"]),
         (lambda mm: (mm / RANK0).write_bytes((mm / RANK0).read_bytes()[:99]), ["can't be read"]),
         (lambda mm: torch.save({"weights": {}}, mm / RANK0), ["no entry 'model'"]),
@@ -215,7 +218,8 @@ def test_ctrl_c_leaves_nothing(make_model: MakeModel, tmp_path: Path) -> None:
     hf = make_model()
     assert main(hf_to_mm(hf, tmp_path / "mm")) == 0
     script = (
-        "import shutil, sys, time\n"
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # whatever was inherited
         "from mm_convert import execute\n"
         "from mm_convert.cli import main\n"
         "def hang(*_):\n    print('writing', flush=True)\n    time.sleep(60)\n"

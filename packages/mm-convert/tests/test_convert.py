@@ -34,6 +34,7 @@ LAYOUTS = [
     ([[1, 2, 0, 2]], [[1, 0, 1, 1]], 2),
     ([[0, 1], [2, 2]], [[3, 0], [0, 0]], 2),
     ([[1, 1], [0, 1], [2, 0]], [[1, 1], [1, 0], [0, 0]], 1),
+    ([[5], [0]], [[3], [0]], 1),
 ]
 
 
@@ -83,7 +84,7 @@ def test_new_names_and_a_single_file_are_read_and_written(shards: int, make_mode
     assert (tmp_path / "back" / "model.safetensors").exists() is (shards == 1)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_layout_there_and_back(
     data: st.DataObject, make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory

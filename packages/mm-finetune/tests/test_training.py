@@ -149,8 +149,13 @@ def test_layouts_that_are_not_trained(world: Path, capsys: pytest.CaptureFixture
 
 
 def test_ctrl_c_ends_at_once_and_the_run_can_be_started_again(world: Path) -> None:
+    # A shell that starts the tests in the background has its children ignore the signal.
+    script = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from mm_finetune.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
     process = subprocess.Popen(
-        [sys.executable, "-m", "mm_finetune", *one_process(world, "train.steps=100000")],
+        [sys.executable, "-c", script, *one_process(world, "train.steps=100000")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None

@@ -25,7 +25,8 @@ from mm_convert.huggingface import HuggingFaceFolder
 from mm_convert.layout import Layout
 from mm_convert.megatron import MegatronFolder
 from mm_convert.output import new_folder
-from mm_convert.plan import Plan, Ref, Segment, Spec, relate
+from mm_convert.plan import Plan, Ref, Segment, Spec
+from mm_convert.relate import relate
 
 __all__ = [
     "Converter",

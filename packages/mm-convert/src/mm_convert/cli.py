@@ -112,10 +112,9 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0 when done, 2 for bad input, 3 for a defect of ours."""
-    parser = build_parser()
-    args = parser.instantiate(parser.parse_args(argv))
     try:
-        plan, target = _run(args)
+        parser = build_parser()
+        plan, target = _run(parser.instantiate(parser.parse_args(argv)))
     except (ConvertError, OSError) as error:
         print(f"mm-convert: error: {error}", file=sys.stderr)
         return 2

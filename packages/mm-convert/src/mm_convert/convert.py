@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +11,8 @@ from mm_convert.families.family import ModelSizes
 from mm_convert.huggingface import HuggingFaceFolder
 from mm_convert.layout import Layout
 from mm_convert.megatron import RANK_FILE, MegatronFolder
-from mm_convert.plan import Plan, Ref, Spec, check_same, relate
+from mm_convert.plan import Plan
+from mm_convert.relate import check_same, relate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +69,6 @@ class Converter:
         dtypes = {segment.target: mm.tensors[segment.source].dtype for segment in backwards}
         targets = {ref: replace(spec, dtype=dtypes[ref]) for ref, spec in hf.tensors.items()}
         return Plan.build(mm.tensors, targets, backwards)
-
-    def plan_rank(self, sizes: ModelSizes, layout: Layout, tensors: dict[Ref, Spec], *, parts: Iterable[str]) -> Plan:
-        """Plan from tensors in memory that hold only some parts of the model (for trainers)."""
-        targets, segments = relate(self.family, sizes, layout, tensors, parts=tuple(parts))
-        return Plan.build(tensors, targets, segments)
 
     def hf_to_mm(self, hf_dir: str | Path, mm_dir: str | Path, layout: Layout, *, overwrite: bool = False) -> Plan:
         """Convert a Hugging Face folder to a new Megatron folder.

@@ -52,13 +52,19 @@ class MegatronFolder:
         """
         iteration = iteration_dir(Path(directory))
         tp_size, pp_size = _sizes(iteration)
-        tensors = {
-            Ref(f"{path.parent.name}/{path.name}", section, name): spec
+        files = {
+            f"{path.parent.name}/{path.name}": load_rank_file(path)
             for path in sorted(iteration.glob(f"mp_rank_*/{RANK_FILE}"))
-            for section, names in load_rank_file(path).items()
-            for name, spec in ((n, spec_of(t)) for n, t in names.items())
         }
-        return cls(directory=iteration, layout=_layout(tensors, tp_size, pp_size), tensors=tensors)
+        tensors = {
+            Ref(file, section, name): spec_of(tensor)
+            for file, sections in files.items()
+            for section, held in sections.items()
+            for name, tensor in held.items()
+        }
+        # Counted from the sections: the last virtual stage may hold no tensor.
+        vpp_size = max(len(sections) for sections in files.values())
+        return cls(directory=iteration, layout=_layout(tensors, tp_size, pp_size, vpp_size), tensors=tensors)
 
 
 def iteration_dir(directory: Path) -> Path:
@@ -125,23 +131,26 @@ def _sizes(iteration: Path) -> tuple[int, int]:
     if not ranks or len(ranks) != len(matches):
         raise CheckpointError(f"{iteration} holds no folders mp_rank_TT or mp_rank_TT_PPP, or others beside them")
     tp_size, pp_size = (max(numbers) + 1 for numbers in zip(*ranks, strict=True))
-    absent = [(t, p) for t in range(tp_size) for p in range(pp_size) if (t, p) not in ranks]
+    held = {(int(m[1]), int(m[2] or 0)) for m in matches if m and (iteration / m[0] / RANK_FILE).is_file()}
+    absent = [(t, p) for t in range(tp_size) for p in range(pp_size) if (t, p) not in held]
     if absent:
-        raise CheckpointError(f"{iteration} is incomplete: no folder for (tp, pp) ranks {absent[:8]}; copy it again")
+        raise CheckpointError(
+            f"{iteration} is incomplete: no {RANK_FILE} for (tp, pp) ranks {absent[:8]}; copy it again"
+        )
     return tp_size, pp_size
 
 
-def _layout(tensors: dict[Ref, Spec], tp_size: int, pp_size: int) -> Layout:
+def _layout(tensors: dict[Ref, Spec], tp_size: int, pp_size: int, vpp_size: int) -> Layout:
     """The layer lists, counted from the tensors' names of tensor-parallel rank 0."""
     layers: dict[tuple[Part, int, int], set[str]] = defaultdict(set)
-    virtual = 1
     for ref in tensors:
         rank = RANK_DIR.fullmatch(ref.file.split("/", 1)[0])
         stage = int(ref.section.removeprefix("model") or 0)
-        virtual = max(virtual, stage + 1)
         for part, pattern in LAYER.items():
             match = pattern.match(ref.name)
             if match and rank and rank[1] == "00":
                 layers[part, stage, int(rank[2] or 0)].add(match[1])
-    llm, vit = (tuple(tuple(len(layers[part, v, p]) for p in range(pp_size)) for v in range(virtual)) for part in LAYER)
+    llm, vit = (
+        tuple(tuple(len(layers[part, v, p]) for p in range(pp_size)) for v in range(vpp_size)) for part in LAYER
+    )
     return Layout(llm_pp_layers=llm, vit_pp_layers=vit, tp_size=tp_size)

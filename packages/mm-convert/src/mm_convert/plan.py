@@ -11,15 +11,13 @@ checks: they must hold the same bytes.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
-from mm_convert.errors import CheckpointError, TotalityError
-from mm_convert.families.family import Family, ModelSizes
-from mm_convert.layout import Layout
-from mm_convert.rules import Rule, Shape
+from mm_convert.errors import TotalityError
+from mm_convert.rules import Shape
 
 BYTES = {
     "F64": 8,
@@ -114,7 +112,7 @@ class Plan:
             if again:
                 checks[target] = tuple(again)
         if by_target:
-            raise TotalityError(f"segments write tensors that are no target: {_names(by_target)}")
+            raise TotalityError(f"segments write tensors that are no target: {listed([ref.name for ref in by_target])}")
         _prove_used(sources, [s for part in (writes, checks) for ss in part.values() for s in ss])
         return cls(sources=sources, targets=targets, writes=writes, checks=checks)
 
@@ -129,119 +127,6 @@ class Plan:
     def nbytes(self) -> int:
         """Bytes to write."""
         return sum(spec.nbytes for spec in self.targets.values())
-
-
-def relate(
-    family: Family,
-    sizes: ModelSizes,
-    layout: Layout,
-    hf: Specs,
-    *,
-    parts: Iterable[str] = ("llm", "vit"),
-) -> tuple[dict[Ref, Spec], list[Segment]]:
-    """Apply a family's rules to Hugging Face tensors.
-
-    Args:
-        family: the model family.
-        sizes: the model's numbers.
-        layout: the Megatron layout.
-        hf: the Hugging Face tensors.
-        parts: the parts of the model to relate; `hf` must hold just these.
-
-    Returns:
-        The Megatron tensors (files named from the iteration's folder on) and the segments from `hf`.
-
-    Raises:
-        LayoutError: the layout does not fit the model.
-        CheckpointError: tensors missing, unknown, or of different dtypes inside one fused tensor.
-    """
-    sizes.check(layout)
-    found = _by_canonical_name(family, hf)
-    targets: dict[Ref, Spec] = {}
-    segments: list[Segment] = []
-    used: set[str] = set()
-    missing: list[str] = []
-    for rule in family.rules(sizes, layout.pp_size):
-        if rule.part not in parts:
-            continue
-        for stage, i, j in _places(rule, layout):
-            names = [name.format(i=i) for name in rule.hf]
-            absent = [name for name in names if name not in found]
-            used.update(names)
-            if absent:
-                missing += [] if rule.optional else absent
-                continue
-            _apply(
-                rule, layout, stage, rule.mm.format(j=j), [(found[n], hf[found[n]]) for n in names], targets, segments
-            )
-    unknown = [found[name].name for name in found if name not in used]
-    if missing or unknown:
-        raise CheckpointError(_mismatch("the Hugging Face checkpoint", missing, unknown))
-    return targets, segments
-
-
-def check_same(found: Specs, expected: Specs, what: str) -> None:
-    """Raise CheckpointError unless both hold the same tensors with the same shapes."""
-    missing = [f"{ref.file}: {ref.name}" for ref in expected if ref not in found]
-    unknown = [f"{ref.file}: {ref.name}" for ref in found if ref not in expected]
-    if missing or unknown:
-        raise CheckpointError(_mismatch(what, missing, unknown))
-    wrong = [
-        f"{ref.file}: {ref.name} is {list(found[ref].shape)}, expected {list(spec.shape)}"
-        for ref, spec in expected.items()
-        if found[ref].shape != spec.shape
-    ]
-    if wrong:
-        raise CheckpointError(f"{what} has tensors of the wrong shape: {_listed(wrong)}")
-
-
-def _apply(
-    rule: Rule,
-    layout: Layout,
-    stage: int,
-    mm_name: str,
-    sources: list[tuple[Ref, Spec]],
-    targets: dict[Ref, Spec],
-    segments: list[Segment],
-) -> None:
-    shapes = [spec.shape for _, spec in sources]
-    dtypes = {spec.dtype for _, spec in sources}
-    if len(dtypes) != 1:
-        raise CheckpointError(
-            f"{', '.join(ref.name for ref, _ in sources)} become one tensor, but have dtypes {sorted(dtypes)};"
-            " save the checkpoint in one dtype first"
-        )
-    dim = rule.operation.dim
-    pp_rank, _ = layout.place(stage)
-    for tp_rank, pieces in enumerate(rule.operation.pieces(shapes, layout.tp_size)):
-        file = f"{layout.rank_dir(tp_rank, pp_rank)}/model_optim_rng.pt"
-        target = Ref(file, layout.section(stage), mm_name)
-        position = 0
-        for piece in pieces:
-            length = piece.stop - piece.start
-            segments.append(Segment(sources[piece.source][0], piece.start, target, position, length, dim))
-            position += length
-        shape = list(shapes[0])
-        shape[dim] = position
-        targets[target] = Spec(dtypes.copy().pop(), tuple(shape))
-
-
-def _places(rule: Rule, layout: Layout) -> list[tuple[int, int, int]]:
-    """Where a rule applies: (stage, global layer, layer inside the stage)."""
-    if rule.where == "first":
-        return [(layout.first_stage(rule.part), 0, 0)]
-    if rule.where == "last":
-        return [(layout.last_stage(rule.part), 0, 0)]
-    return [(s, i, j) for s, layers in enumerate(layout.stages(rule.part)) for j, i in enumerate(layers)]
-
-
-def _by_canonical_name(family: Family, hf: Specs) -> dict[str, Ref]:
-    found: dict[str, Ref] = {}
-    for ref in hf:
-        other = found.setdefault(family.canonical(ref.name), ref)
-        if other is not ref:
-            raise CheckpointError(f"{ref.name} stands twice: in {other.file} as {other.name}, and in {ref.file}")
-    return found
 
 
 def _group(segments: Iterable[Segment], by: str) -> dict[Ref, list[Segment]]:
@@ -279,18 +164,6 @@ def _prove_used(sources: Specs, segments: list[Segment]) -> None:
                 )
 
 
-def _mismatch(what: str, missing: list[str], unknown: list[str]) -> str:
-    parts = [f"{what} does not hold the tensors that its configuration asks for;"]
-    if missing:
-        parts.append(f"missing {len(missing)}: {_listed(missing)};")
-    if unknown:
-        parts.append(f"unknown {len(unknown)}: {_listed(unknown)};")
-    return " ".join([*parts, "nothing was written"])
-
-
-def _listed(items: list[str]) -> str:
+def listed(items: Sequence[str]) -> str:
+    """The first few of many names, and how many more there are."""
     return ", ".join(items[:SHOWN]) + (f", and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
-
-
-def _names(refs: Iterable[Ref]) -> str:
-    return _listed([ref.name for ref in refs])

@@ -55,7 +55,7 @@ table.settings caption { text-align: left; font-weight: 600; padding-bottom: .25
 table.settings th, table.settings td { text-align: left; padding: .22rem 0; border-top: 1px solid var(--line);
   vertical-align: top; overflow-wrap: anywhere }
 table.settings th { width: 52%; padding-right: .75rem }
-.cards { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr));
+.cards { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(172px, 1fr));
   list-style: none; margin: 0; padding: 0 }
 .card { background: var(--paper); border: 1px solid var(--line); border-top: 4px solid var(--accent);
   border-radius: 10px; padding: .7rem; overflow-wrap: anywhere; font-size: .875rem }
