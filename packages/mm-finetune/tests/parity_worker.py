@@ -23,9 +23,13 @@ from mm_finetune.engine.parallel import Ranks, model_parallel, processes, transf
 from mm_finetune.engine.step import Trainer
 from mm_finetune.engine.weights import Checkpoint
 from mm_finetune.images import ImageInputs
+from mm_finetune.mini.model import model_config
+from mm_finetune.mini.tokenizer import SPECIAL_TOKENS, VOCAB_SIZE
 from mm_finetune.rope import mrope_positions
 
-IMAGE, VISION_START, VOCAB = 250, 248, 256
+FIRST_SPECIAL = VOCAB_SIZE - len(SPECIAL_TOKENS)
+IDS = {token: FIRST_SPECIAL + number for number, token in enumerate(SPECIAL_TOKENS)}
+IMAGE, VISION_START, VISION_END = (IDS[f"<|{name}|>"] for name in ("image_pad", "vision_start", "vision_end"))
 STEPS, GLOBAL_BATCH, MICRO_BATCH = 10, 8, 2
 # Decay and rate are large, so that a wrong parameter group or a wrong norm shows in the curve.
 OPTIMIZATION = OptimizationConfig(
@@ -33,23 +37,19 @@ OPTIMIZATION = OptimizationConfig(
 )
 
 
-def hf_model(*, tied: bool, seed: int = 0) -> Any:
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+class Vocabulary:
+    """All that the configuration of qwen2_5_vl-mini asks of its tokenizer."""
 
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "max_position_embeddings": 512,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6},
-            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-        },
-        vision_config={
-            "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
-            "fullatt_block_indexes": [1], "window_size": 56, "tokens_per_second": 2,
-        },
-        image_token_id=IMAGE, video_token_id=251, vision_start_token_id=VISION_START, vision_end_token_id=249,
-        tie_word_embeddings=tied,
-    )  # fmt: skip
+    def get_vocab(self) -> dict[str, int]:
+        return IDS
+
+
+def hf_model(*, tied: bool, seed: int = 0) -> Any:
+    """qwen2_5_vl-mini."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    config = model_config(Vocabulary())
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config).float()
     with torch.no_grad():
@@ -62,15 +62,15 @@ def hf_model(*, tied: bool, seed: int = 0) -> Any:
 def sample(seed: int) -> EncodedSample:
     """Two pictures of different grids or none, another length for each sample, loss on a random part."""
     generator = torch.Generator().manual_seed(seed)
-    # From 3: transformers gives the padding token (0) no gradient, and text does not contain it.
-    text = torch.randint(3, 240, (14 + seed % 5,), generator=generator).tolist()
+    # No special tokens: transformers gives the padding token no gradient, and text does not contain it.
+    text = torch.randint(0, FIRST_SPECIAL, (14 + seed % 5,), generator=generator).tolist()
     grids = torch.tensor([[1, 4, 8], [1, 4, 4]] if seed % 3 else []).view(-1, 3)
     counts = (grids.prod(-1) // 4).tolist()
-    blocks = [[VISION_START, *[IMAGE] * count, 249] for count in counts]
+    blocks = [[VISION_START, *[IMAGE] * count, VISION_END] for count in counts]
     ids = text[:2] + [t for b in blocks[:1] for t in b] + text[2:6] + [t for b in blocks[1:] for t in b] + text[6:]
     pixels = torch.randn(int(grids.prod(-1).sum()), 1176, generator=generator)
     labels = torch.tensor(ids)
-    labels[(torch.rand(len(ids), generator=generator) < 0.4) | (labels >= 240)] = -100
+    labels[(torch.rand(len(ids), generator=generator) < 0.4) | (labels >= FIRST_SPECIAL)] = -100
     return EncodedSample(
         input_ids=torch.tensor(ids),
         labels=labels,
@@ -158,7 +158,7 @@ def compare(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     hf_dir, mm_dir = folder / "hf", folder / "mm"
     if dist.get_rank() == 0:
         reference.save_pretrained(hf_dir)
-        layout = Layout(llm_pp_layers=[case["llm"]], vit_pp_layers=[[2] + [0] * (pp - 1)], tp_size=tp)  # type: ignore[arg-type]
+        layout = Layout(llm_pp_layers=[case["llm"]], vit_pp_layers=[[4] + [0] * (pp - 1)], tp_size=tp)  # type: ignore[arg-type]
         Converter.named("Qwen2_5_VLConverter").hf_to_mm(hf_dir, mm_dir, layout)
     dist.barrier()
     checkpoint = Checkpoint(mm_dir, hf_dir, parallel)
@@ -175,7 +175,8 @@ def compare(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         logits = our_logits(trainer, batches(0)[0], ranks)
         result["logits"] = relative(logits, reference_logits(reference, batches(0)[0]).detach())
 
-        loss = trainer.accumulate(batches(0)[mine])
+        loss, tokens = trainer.accumulate(batches(0)[mine])
+        result["tokens"] = tokens == sum(batch.tokens for batch in batches(0))
         expected = reference_loss(reference, batches(0))
         expected.backward()  # type: ignore[no-untyped-call]
         result["loss"] = abs(loss - float(expected.detach()))

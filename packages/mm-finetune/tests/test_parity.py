@@ -1,7 +1,9 @@
-"""megatron-core against transformers: logits, every gradient, ten AdamW steps, and the weights after export.
+"""qwen2_5_vl-mini on megatron-core against transformers, in float32.
 
-Tolerances, all in float32 with eps = 6e-8: sums over 64 to 256 terms are taken in another order, which costs a few eps
-of the largest value of a tensor in the forward pass, and some tens through four layers of backward.
+Compared are logits, every gradient, ten AdamW steps, and the weights after export. A bound of 128 eps (eps = 6e-8) leaves
+room for sums that are taken in another order; where nothing is cut, logits are bit-equal. It is a hundredth of what a
+mistake costs: weight decay on norms and biases moved the curve by 8e-3 and the norm by 2e-2, weights that are not marked
+as sharded the curve by 4e-4 and the norm by 0.3 (both were planted once, to see).
 """
 
 from __future__ import annotations
@@ -14,12 +16,11 @@ from typing import Any
 
 import pytest
 
-LOGITS = 2e-6
-GRADIENTS = 4e-6
-CURVE = 2e-6  # absolute, at a loss of ln(256) = 5.5
-NORM = 2e-6  # relative
+BOUND = (
+    128 * 6e-8
+)  # of logits, gradients and norm: relative to the largest; of the loss: absolute, at a loss of about 8
 # Adam divides a gradient by its own size: where it is zero but for rounding (key biases), ten steps of 1e-3 differ.
-EXPORTED = 2e-3
+EXPORTED = 5e-3
 
 ONE = [{"tp": 1, "pp": 1, "llm": [4], "tied": False}]
 TWO = [
@@ -48,12 +49,15 @@ def test_equals_transformers(processes: int, cases: list[dict[str, Any]], tmp_pa
     assert len(results) == len(cases)
     for result in results:
         assert result["dp"] == processes // (result["tp"] * result["pp"])
-        assert result["grads"] >= 80, "every parameter is compared"
-        assert result["sharded"] > 0, "sharded weights are marked, or the gradient norm is wrong under tensor parallel"
-        assert result["logits"] < LOGITS, result
-        assert result["loss"] < CURVE, result
-        assert result["grad"] < GRADIENTS, result
-        assert result["curve"] < CURVE, result
-        assert result["norm"] < NORM, result
+        assert result["grads"] >= 104, "every parameter is compared"
+        # Rank 0 marks five weights of each of its layers as sharded, the embedding, and an output layer of its own.
+        own_output = result["pp"] == 1 and not result["tied"]
+        assert result["sharded"] == 5 * result["llm"][0] + 1 + own_output
+        assert result["tokens"], "tokens are counted over the whole global batch"
+        assert result["logits"] < BOUND, result
+        assert result["loss"] < BOUND, result
+        assert result["grad"] < BOUND, result
+        assert result["curve"] < BOUND, result
+        assert result["norm"] < BOUND, result
         assert result["exported"] < EXPORTED, result
-        assert abs(result["first"] - result["last"]) > 100 * CURVE, "the curve moves, or comparing it proves nothing"
+        assert abs(result["first"] - result["last"]) > 100 * BOUND, "the curve moves, or comparing it proves nothing"

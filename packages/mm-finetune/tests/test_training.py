@@ -158,10 +158,13 @@ def test_ctrl_c_ends_at_once_and_the_run_can_be_started_again(world: Path) -> No
         [sys.executable, "-c", script, *one_process(world, "train.steps=100000")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    assert process.stdout is not None
-    assert process.stdout.readline().startswith("step ")
-    process.send_signal(signal.SIGINT)
-    _, message = process.communicate(timeout=30)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("step ")
+        process.send_signal(signal.SIGINT)
+        _, message = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert message.splitlines()[-1] == "mm-finetune: interrupted; nothing that looks finished was left"
     assert "Traceback" not in message

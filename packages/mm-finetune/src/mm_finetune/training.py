@@ -16,6 +16,8 @@ from mm_finetune.progress import RunLog
 from mm_finetune.schedule import learning_rate
 
 if TYPE_CHECKING:
+    import torch
+
     from mm_finetune.engine.parallel import Ranks
     from mm_finetune.engine.weights import Checkpoint
 
@@ -70,10 +72,9 @@ def train(run: PreparedRun) -> Path:
         trainer = Trainer(model, config.train, ranks)
         with closing(_start(config, ranks)) as log:
             for step in range(1, config.train.steps + 1):
-                batches, tokens = _batches(run, step, ranks, device)
                 lr = _learning_rate(config, step)
-                result = trainer.step(batches, lr)
-                log.step(step, loss=result.loss, lr=lr, grad_norm=result.grad_norm, tokens=tokens)
+                result = trainer.step(_batches(run, step, ranks, device), lr)
+                log.step(step, loss=result.loss, lr=lr, grad_norm=result.grad_norm, tokens=result.tokens)
         target = config.output.dir / "checkpoint"
         run.checkpoint.save(model, ranks, target, config.train.steps)
         torch.distributed.barrier()
@@ -86,18 +87,15 @@ def _learning_rate(config: TrainConfig, step: int) -> float:
     return learning_rate(step, steps=train.steps, lr=train.lr, min_lr=train.min_lr, warmup_steps=warmup)
 
 
-def _batches(run: PreparedRun, step: int, ranks: Ranks, device: object) -> tuple[list[Batch], int]:
-    """This rank's micro-batches of a step, and the tokens of the whole global batch."""
+def _batches(run: PreparedRun, step: int, ranks: Ranks, device: torch.device) -> list[Batch]:
+    """This data-parallel rank's micro-batches of a step."""
     train = run.config.train
     numbers = step_numbers(len(run.dataset), step, global_batch_size=train.global_batch_size, seed=train.seed)
     size = train.micro_batch_size
     micro = [numbers[i : i + size] for i in range(0, len(numbers), size)]
     share = len(micro) // ranks.dp_size
     mine = micro[ranks.dp_rank * share : (ranks.dp_rank + 1) * share]
-    batches = [collate([run.dataset[n] for n in group]) for group in mine]
-    # Exact on one data-parallel rank, scaled from this rank's share on several.
-    tokens = sum(batch.tokens for batch in batches) * ranks.dp_size
-    return [batch.to(device) for batch in batches], tokens  # type: ignore[arg-type]
+    return [collate([run.dataset[n] for n in group]).to(device) for group in mine]
 
 
 def _check_output(config: TrainConfig) -> None:

@@ -28,10 +28,12 @@ class StepResult:
     Attributes:
         loss: mean over the loss-carrying tokens of the whole global batch.
         grad_norm: norm of the gradient before clipping.
+        tokens: tokens of the global batch, padding not counted.
     """
 
     loss: float
     grad_norm: float
+    tokens: int
 
 
 class Trainer:
@@ -58,14 +60,14 @@ class Trainer:
 
     def step(self, batches: Sequence[Batch], lr: float) -> StepResult:
         """Train on the micro-batches of this data-parallel rank."""
-        loss = self.accumulate(batches)
+        loss, tokens = self.accumulate(batches)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         _, grad_norm, _ = self.optimizer.step()
-        return StepResult(loss=loss, grad_norm=float(grad_norm))
+        return StepResult(loss=loss, grad_norm=float(grad_norm), tokens=tokens)
 
-    def accumulate(self, batches: Sequence[Batch]) -> float:
-        """Forward and backward only: gradients stand in ``param.main_grad``; returns the loss."""
+    def accumulate(self, batches: Sequence[Batch]) -> tuple[float, int]:
+        """Forward and backward only: gradients stand in ``param.main_grad``; returns the loss and the tokens."""
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = get_forward_backward_func()(
@@ -77,17 +79,18 @@ class Trainer:
             micro_batch_size=batches[0].input_ids.shape[0],
             forward_only=False,
         )
-        return self._mean(results, batches[0].input_ids.device)
+        return self._totals(results, batches)
 
-    def _mean(self, results: list[dict[str, Tensor]], device: torch.device) -> float:
-        """Loss per token over the global batch: summed over data-parallel ranks, told to the other stages."""
-        totals = torch.zeros(2, device=device)
+    def _totals(self, results: list[dict[str, Tensor]], batches: Sequence[Batch]) -> tuple[float, int]:
+        """Loss per token and number of tokens, over data-parallel ranks; told to the stages that have no loss."""
+        totals = torch.zeros(3, device=batches[0].input_ids.device)
+        totals[2] = sum(batch.tokens for batch in batches)
         for result in results:
-            totals += result["loss and tokens"]
+            totals[:2] += result["loss and tokens"]
         dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
         source = parallel_state.get_pipeline_model_parallel_last_rank()
         dist.broadcast(totals, src=source, group=parallel_state.get_pipeline_model_parallel_group())
-        return float(totals[0] / totals[1])
+        return float(totals[0] / totals[1]), int(totals[2])
 
 
 def _optimizer(config: OptimizationConfig, wrapped: DistributedDataParallel) -> Any:
