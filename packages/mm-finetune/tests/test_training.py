@@ -63,7 +63,10 @@ def test_a_run_leaves_metrics_settings_and_a_checkpoint_that_converts_back(
     assert "checkpoint: " in capsys.readouterr().out
     assert main(one_process(world)) == 2, "a finished run is kept"
     assert "holds a finished run" in capsys.readouterr().err
-    assert main(one_process(world, "output.overwrite=true")) == 0
+    (run / "notes.txt").write_text("mine")
+    assert main(one_process(world, "output.overwrite=true", "train.steps=2")) == 0
+    assert (run / "notes.txt").exists(), "only what a run writes is replaced"
+    assert [path.name for path in (run / "checkpoint").iterdir() if path.is_dir()] == ["iter_0000002"]
 
 
 def test_the_same_seed_gives_the_same_run_and_another_one_does_not(world: Path) -> None:
@@ -83,11 +86,6 @@ def drop_picture(world: Path) -> None:
 def break_picture(world: Path) -> None:
     for record in json.loads((world / "data/train.json").read_text())[:8]:
         (world / "data" / record["images"][0]).write_bytes(b"no picture")
-
-
-def write(path: Path) -> None:
-    path.parent.mkdir()
-    path.touch()
 
 
 def another_model(world: Path) -> None:
@@ -111,7 +109,6 @@ def another_model(world: Path) -> None:
         (drop_picture, [], ["pictures missing", "(record 0)", "data.dataset_dir"]),
         (break_picture, [], ["can't be read"]),
         (another_model, [], ["qwen2_vl"]),
-        (lambda w: write(w / "run/mine"), [], ["is not a run of ours", "output.overwrite=true"]),
     ],
 )  # fmt: skip
 def test_faults_are_one_line_and_leave_nothing(
@@ -130,6 +127,15 @@ def test_faults_are_one_line_and_leave_nothing(
     assert message.count("mm-finetune: error: ") == 1
     assert "Traceback" not in message
     assert not (world / "run/checkpoint").exists()
+
+
+@pytest.mark.parametrize("overwrite", ["true", "false"])
+def test_a_folder_of_somebody_else_is_kept(overwrite: str, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (world / "run").mkdir()
+    (world / "run/mine").write_text("kept")
+    assert main(one_process(world, f"output.overwrite={overwrite}")) == 2
+    assert "is there and is no folder of a run" in capsys.readouterr().err
+    assert [path.name for path in (world / "run").iterdir()] == ["mine"]
 
 
 def test_layouts_that_are_not_trained(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mm_convert.megatron import TRACKER
 from mm_finetune.config import TrainConfig
 from mm_finetune.data import Batch, Dataset, collate, step_numbers
 from mm_finetune.errors import OutputExistsError
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from mm_finetune.engine.parallel import Ranks
     from mm_finetune.engine.weights import Checkpoint
 
-TRACKER = "latest_checkpointed_iteration.txt"
+# What a run writes into its folder, and all that a new run takes away from it.
+CONFIG, METRICS, CHECKPOINT = "config.yaml", "metrics.jsonl", "checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,6 @@ def train(run: PreparedRun) -> Path:
     Returns:
         The folder of the checkpoint, to be read by ``mm-convert … mm_to_hf``.
     """
-    import torch
     from transformers import AutoConfig
 
     from mm_finetune.engine.device import mcore_on
@@ -75,9 +76,8 @@ def train(run: PreparedRun) -> Path:
                 lr = _learning_rate(config, step)
                 result = trainer.step(_batches(run, step, ranks, device), lr)
                 log.step(step, loss=result.loss, lr=lr, grad_norm=result.grad_norm, tokens=result.tokens)
-        target = config.output.dir / "checkpoint"
+        target = config.output.dir / CHECKPOINT
         run.checkpoint.save(model, ranks, target, config.train.steps)
-        torch.distributed.barrier()
     return target
 
 
@@ -99,15 +99,16 @@ def _batches(run: PreparedRun, step: int, ranks: Ranks, device: torch.device) ->
 
 
 def _check_output(config: TrainConfig) -> None:
-    """A finished run and a folder of somebody else are kept; what an interrupted run left may go."""
+    """A finished run is kept unless told otherwise, a folder of somebody else always; an interrupted run may go."""
     folder = config.output.dir
-    if config.output.overwrite or not folder.exists():
+    if not folder.exists():
         return
-    finished = (folder / "checkpoint" / TRACKER).exists()
-    foreign = not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.yaml").is_file())
-    if finished or foreign:
-        what = "holds a finished run" if finished else "is not a run of ours"
-        raise OutputExistsError(f"{folder} {what}; choose another output.dir or add output.overwrite=true")
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG).is_file()):
+        raise OutputExistsError(f"{folder} is there and is no folder of a run; choose another output.dir")
+    if (folder / CHECKPOINT / TRACKER).exists() and not config.output.overwrite:
+        raise OutputExistsError(
+            f"{folder} holds a finished run; choose another output.dir or add output.overwrite=true"
+        )
 
 
 def _start(config: TrainConfig, ranks: Ranks) -> RunLog:
@@ -115,9 +116,10 @@ def _start(config: TrainConfig, ranks: Ranks) -> RunLog:
 
     log_path = None
     if ranks.rank == 0:
-        shutil.rmtree(config.output.dir, ignore_errors=True)
-        config.output.dir.mkdir(parents=True)
+        folder = config.output.dir
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
         text = yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True)
-        (config.output.dir / "config.yaml").write_text(text, encoding="utf-8")
-        log_path = config.output.dir / "metrics.jsonl"
+        (folder / CONFIG).write_text(text, encoding="utf-8")
+        log_path = folder / METRICS
     return RunLog(log_path, steps=config.train.steps, samples=config.train.global_batch_size)
