@@ -202,6 +202,20 @@ def test_an_existing_folder_is_kept_unless_told(
     assert [p.name for p in (mm / "release").iterdir()] == ["mp_rank_00"], "no rank of the old layout stays"
 
 
+def test_overwrite_replaces_checkpoints_only_and_never_a_source(
+    make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hf, mine = make_model(), tmp_path / "mine"
+    mine.mkdir()
+    (mine / "letter.txt").write_text("kept")
+    refused(hf_to_mm(hf, mine, "[[2,3]]", "[[3,0]]", 1, "--overwrite"), mine, capsys, "is no checkpoint")
+    refused(hf_to_mm(hf, hf, "[[2,3]]", "[[3,0]]", 1, "--overwrite"), hf, capsys, "which is read, stands in it")
+    hf.rename(mine / "hf")
+    (mine / "config.json").write_text("{}")
+    refused(hf_to_mm(mine / "hf", mine, "[[2,3]]", "[[3,0]]", 1, "--overwrite"), mine, capsys, "stands in it")
+    assert (mine / "letter.txt").read_text() == "kept"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [[], ["NoConverter"], [CONVERTER], [CONVERTER, "hf_to_mm"], [CONVERTER, "hf_to_mm", "--cfg.mmdir", "x"]],

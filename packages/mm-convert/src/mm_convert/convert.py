@@ -79,7 +79,7 @@ class Converter:
         from mm_convert.execute import write_megatron
         from mm_convert.output import check_free
 
-        check_free(Path(mm_dir), overwrite=overwrite)
+        check_free(Path(mm_dir), overwrite=overwrite, sources=[Path(hf_dir)])
         hf = HuggingFaceFolder.open(hf_dir)
         plan = self.plan_hf_to_mm(hf, layout)
         write_megatron(plan, hf, Path(mm_dir), sections=rank_sections(layout), overwrite=overwrite)
@@ -109,7 +109,7 @@ class Converter:
         from mm_convert.execute import write_huggingface
         from mm_convert.output import check_free
 
-        check_free(Path(save_hf_dir), overwrite=overwrite)
+        check_free(Path(save_hf_dir), overwrite=overwrite, sources=[Path(hf_dir), Path(mm_dir)])
         hf = HuggingFaceFolder.open(hf_dir)
         mm = MegatronFolder.open(mm_dir)
         if layout is not None and layout != mm.layout:
