@@ -9,7 +9,7 @@ then carried out. `Converter` does it for folders; `relate`, `Plan` and `assembl
 whoever holds the tensors in memory.
 """
 
-from mm_convert.convert import Converter, rank_sections
+from mm_convert.convert import Converter
 from mm_convert.errors import (
     CheckpointError,
     ConvertError,
@@ -24,7 +24,6 @@ from mm_convert.families.family import ModelSizes
 from mm_convert.huggingface import HuggingFaceFolder
 from mm_convert.layout import Layout
 from mm_convert.megatron import MegatronFolder
-from mm_convert.output import new_folder
 from mm_convert.plan import Plan, Ref, Segment, Spec
 from mm_convert.relate import relate
 
@@ -41,8 +40,6 @@ __all__ = [
     "assemble",
     "huggingface_reader",
     "megatron_reader",
-    "rank_sections",
-    "new_folder",
     "Family",
     "ModelSizes",
     "CONVERTERS",
