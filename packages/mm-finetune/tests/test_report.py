@@ -84,8 +84,10 @@ class World:
             evaluation = Evaluation(model=model, dataset_dir=folder, answers=answers(right, hostile=hostile))
             evaluation.save(path, overwrite=False)
 
-    def write(self, *, overwrite: bool = False) -> Page:
-        write_report(self.run, before=self.before, after=self.after, output=self.output, overwrite=overwrite)
+    def write(self, *attach: Path, overwrite: bool = False) -> Page:
+        write_report(
+            self.run, before=self.before, after=self.after, output=self.output, attach=attach, overwrite=overwrite
+        )
         return Page(self.output.read_text())
 
 
@@ -227,6 +229,38 @@ def test_faults_of_the_evaluations_are_named(world: World) -> None:
     world.after.unlink()
     with pytest.raises(DataError, match=r"after\.json does not exist"):
         world.write()
+
+
+def test_attached_pictures_and_videos_are_inside_the_page(world: World, tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "sheet.png")
+    (tmp_path / "clip.mp4").write_bytes(b"\0\0\0\x20ftypisom-and-so-on")
+    page = world.write(tmp_path / "sheet.png", tmp_path / "clip.mp4")
+    sources = [attributes["src"] or "" for tag, attributes in page.tags if tag in ("img", "video")][:2]
+    assert [source.partition(";")[0] for source in sources] == ["data:image/png", "data:video/mp4"]
+    for source, name in zip(sources, ("sheet.png", "clip.mp4"), strict=True):
+        assert base64.b64decode(source.partition(",")[2]) == (tmp_path / name).read_bytes()
+    assert "sheet.png" in page.visible
+    assert "media-src data:" in world.output.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.gif", b"GIF89a", r"only .png pictures and .mp4 videos"),
+        ("a.png", None, "no such file"),
+        ("a.png", b"<svg onload=alert(1)>", "no PNG file"),
+        ("a.mp4", b"\x89PNG\r\n\x1a\n", "no MP4 file"),
+        ("a.mp4", b"\0" * 20_000_001, "more than 20 MB"),
+    ],
+)
+def test_what_cannot_be_attached_is_named(
+    world: World, tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        world.write(tmp_path / name)
+    assert not world.output.exists()
 
 
 def test_a_missing_picture_is_named(world: World) -> None:

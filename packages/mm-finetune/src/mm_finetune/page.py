@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mm_finetune.answers import Answer, Evaluation, Group
+from mm_finetune.attachments import attachments
 from mm_finetune.curve import curve
 from mm_finetune.images import read_rgb
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 MAX_GROUPS = 12
 THUMBNAIL_PIXELS = 224
 # Even if a text slipped through unescaped: no script, no request.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
 
 STYLE = """
 :root { --ink: #1d2430; --soft: #667085; --line: #e4e7ec; --accent: #0b6e69; --wrong: #a8321f; --paper: #fff }
@@ -66,6 +67,7 @@ table.settings th { width: 52%; padding-right: .75rem }
 .said dd { margin: 0; display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden }
 .verdict { margin: 0 0 .45rem; font-weight: 600; font-size: .8125rem; color: var(--accent) }
 .card.wrong .verdict, .said .wrong { color: var(--wrong) } .said .right { color: var(--accent) }
+.attached img, .attached video { width: 100%; display: block; image-rendering: pixelated; border-radius: 6px }
 @media (max-width: 480px) { .bar { grid-template-columns: 3rem 1fr 8.6rem; gap: .4rem }
   .cards { grid-template-columns: repeat(2, 1fr) } .headline b { font-size: 2.5rem } }
 @media print { body { background: #fff } .card, .panel { break-inside: avoid } }
@@ -76,12 +78,13 @@ def page(report: Report) -> str:
     """The whole document.
 
     Raises:
-        DataError: a picture can't be read.
+        DataError: a picture can't be read, or an attachment can't be shown.
     """
     sections = (
         _header(report),
         _accuracy(report.before, report.after),
         _training(report),
+        attachments(report.attached),
         _cards("Still wrong after the run", _wrong_words(report), report.wrong, report.after),
         _cards("A sample of the rest", "Each question equally often, not picked by hand.", report.sample, report.after),
         _settings(report),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Report:
         after: the evaluation of what it made.
         wrong: some questions that are answered wrongly after the run.
         sample: some of all questions, every group of questions as often.
+        attached: pictures and videos of other commands.
     """
 
     metrics: Metrics
@@ -59,10 +60,17 @@ class Report:
     after: Evaluation
     wrong: Sequence[Pair]
     sample: Sequence[Pair]
+    attached: Sequence[Path] = ()
 
 
 def write_report(
-    run: str | Path, *, before: str | Path, after: str | Path, output: str | Path, overwrite: bool = False
+    run: str | Path,
+    *,
+    before: str | Path,
+    after: str | Path,
+    output: str | Path,
+    attach: Sequence[Path] = (),
+    overwrite: bool = False,
 ) -> Report:
     """Write the page.
 
@@ -71,6 +79,7 @@ def write_report(
         before: what ``mm-finetune eval`` wrote for the model before the run.
         after: the same for the model after the run, about the same records.
         output: the HTML file.
+        attach: ``.png`` pictures and ``.mp4`` videos that are shown as well.
         overwrite: replace `output`.
 
     Raises:
@@ -79,7 +88,7 @@ def write_report(
     """
     output = Path(output)
     require_free_file(output, overwrite=overwrite)
-    report = collect(Path(run), before=Path(before), after=Path(after))
+    report = replace(collect(Path(run), before=Path(before), after=Path(after)), attached=tuple(attach))
     write_file(output, page(report), overwrite=overwrite)
     return report
 

@@ -13,6 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--before", type=Path, required=True, help="what eval wrote before the run")
     parser.add_argument("--after", type=Path, required=True, help="what eval wrote after the run")
     parser.add_argument("--output", type=Path, required=True, help="HTML file to write")
+    parser.add_argument(
+        "--attach", type=Path, nargs="+", default=[], metavar="FILE", help="more .png pictures and .mp4 videos to show"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace --output")
 
 
@@ -21,7 +24,12 @@ def run(args: argparse.Namespace) -> int:
     from mm_finetune.report import write_report
 
     report = write_report(
-        args.run_dir, before=args.before, after=args.after, output=args.output, overwrite=args.overwrite
+        args.run_dir,
+        before=args.before,
+        after=args.after,
+        output=args.output,
+        attach=args.attach,
+        overwrite=args.overwrite,
     )
     sys.stdout.write(
         f"exactly right: {report.before.accuracy:.1%} -> {report.after.accuracy:.1%}; page: {args.output}\n"
