@@ -34,7 +34,8 @@ def subcommands(text: str) -> list[str]:
 def all_helps(command: list[str]) -> Iterator[tuple[list[str], str, set[str]]]:
     text, imported = help_of(command)
     yield command, text, imported
-    for name in subcommands(text):
+    mentioned = re.findall(rf"\b{' '.join(command)} (\w[\w-]*) --help", text)
+    for name in [*subcommands(text), *mentioned]:
         yield from all_helps([*command, name])
 
 

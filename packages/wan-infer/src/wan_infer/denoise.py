@@ -1,0 +1,74 @@
+"""The denoising loop: the one place where the transformer is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wan_infer.errors import NumericsError
+from wan_infer.samplers import Sampler, guide
+from wan_infer.transformer import TextContext, WanTransformer
+
+
+@dataclass(frozen=True)
+class Step:
+    """What `on_step` is told.
+
+    Attributes:
+        index: steps done, from 1.
+        steps: of the whole run.
+        timestep: that was denoised, from 1000 down.
+        latents: after the step, [B, C, T, h, w].
+    """
+
+    index: int
+    steps: int
+    timestep: float
+    latents: Tensor
+
+
+OnStep = Callable[[Step], None]
+
+
+def denoise(
+    transformer: WanTransformer,
+    latents: Tensor,
+    sampler: Sampler,
+    contexts: Sequence[TextContext],
+    *,
+    guidance: float,
+    condition: Tensor | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Return the latents at noise level 0, float32 [B, C, T, h, w].
+
+    Args:
+        transformer: predicts the velocity.
+        latents: the noise.
+        sampler: fresh from `make_sampler`.
+        contexts: of the prompt and, for guidance, of the negative prompt.
+        guidance: scale of the difference of the two.
+        condition: as the transformer takes it.
+        on_step: called after every step.
+
+    Raises:
+        NumericsError: a step gave NaN or infinity.
+    """
+    for index, timestep in enumerate(sampler.timesteps, start=1):
+        times = timestep.float().expand(len(latents))
+        velocities = [transformer(latents, times, context, condition=condition) for context in contexts]
+        velocity, *unconditional = velocities
+        if unconditional:
+            velocity = guide(velocity, unconditional[0], guidance)
+        latents = sampler.step(velocity, latents)
+        if not torch.isfinite(latents).all():
+            raise NumericsError(
+                f"the latents are not finite after step {index} of {len(sampler)} (timestep {timestep.item():g}); "
+                "check the checkpoint and the dtype: bfloat16 or float32, not float16"
+            )
+        if on_step is not None:
+            on_step(Step(index, len(sampler), timestep.item(), latents))
+    return latents

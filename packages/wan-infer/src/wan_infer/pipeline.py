@@ -1,0 +1,316 @@
+"""From a prompt to a video: the parts of Wan2.1, each loaded when it is first needed, and one denoising loop."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wan_infer.checkpoints.loading import load_clip, load_prompt_encoder, load_transformer, load_vae, open_checkpoint
+from wan_infer.clip import ClipEncoder
+from wan_infer.conditioning import fit_area, frames_condition, vace_context
+from wan_infer.config import TransformerConfig
+from wan_infer.denoise import OnStep, denoise
+from wan_infer.errors import RequestError
+from wan_infer.generation import Generation, Settings
+from wan_infer.lazy import Lazy
+from wan_infer.prompts import Embedded, embed_prompts, read_prompts
+from wan_infer.samplers import SigmaGrid, Solver, draw_noise, make_sampler
+from wan_infer.sources import ImageLike, Sources, VideoLike, read_sources
+from wan_infer.stopwatch import Stopwatch
+from wan_infer.tasks import Size, Task, check_frames, check_pixels, task_of
+from wan_infer.text import PromptEncoder
+from wan_infer.transformer import TextContext, WanTransformer
+from wan_infer.vae import WanVae
+
+Device = torch.device | str | None
+
+
+class WanPipeline:
+    """Text, images or a video to a video.
+
+    Args:
+        transformer, vae, prompt_encoder, clip: the parts, or functions that load them, called when first needed. What
+            a request does not need may be None.
+        config: the shape of the transformer.
+        device: where the latents are; the parts have to be there as well.
+        task: whose settings are used where a call gives none; found by `config` when None.
+        offload: whether a part that was loaded here is dropped when its stage is over. It comes back from the file,
+            which the system keeps in memory while there is room.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: TransformerConfig,
+        transformer: WanTransformer | Callable[[], WanTransformer],
+        vae: WanVae | Callable[[], WanVae],
+        prompt_encoder: PromptEncoder | Callable[[], PromptEncoder] | None = None,
+        clip: ClipEncoder | Callable[[], ClipEncoder] | None = None,
+        device: Device = None,
+        task: Task | None = None,
+        offload: bool = False,
+    ) -> None:
+        self.config = config
+        self.device = torch.device(device or "cpu")
+        self.task = task or task_of(config)
+        self.offload = offload
+        self._transformer = Lazy("transformer", transformer, WanTransformer)
+        self._vae = Lazy("vae", vae, WanVae)
+        self._prompt_encoder = Lazy("prompt_encoder", prompt_encoder, PromptEncoder)
+        self._clip = Lazy("clip", clip, ClipEncoder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        text_device: Device = None,
+        embedding_cache: str | Path | None = None,
+        task: Task | None = None,
+        offload: bool = False,
+    ) -> WanPipeline:
+        """Open a checkpoint folder of the original or the diffusers layout; nothing big is read yet.
+
+        Args:
+            path: the folder.
+            device: the accelerator of this machine by default, or else the CPU.
+            dtype: of transformer and text encoder; bfloat16 on an accelerator and float32 on the CPU by default. The
+                VAE is float32.
+            text_device: where the text encoder runs, `device` by default.
+            embedding_cache: a folder in which the embeddings of prompts are kept.
+            task, offload: as for the class.
+
+        Raises:
+            CheckpointError: it is no checkpoint, or its transformer or VAE is incomplete.
+        """
+        device = default_device() if device is None else torch.device(device)
+        dtype = dtype or default_dtype(device)
+        config = open_checkpoint(path, parts=("transformer", "vae")).config
+        return cls(
+            config=config,
+            transformer=lambda: load_transformer(path, device=device, dtype=dtype),
+            vae=lambda: load_vae(path, device=device),
+            prompt_encoder=lambda: load_prompt_encoder(
+                path, device=text_device or device, dtype=dtype, text_len=config.text_len, cache_dir=embedding_cache
+            ),
+            clip=lambda: load_clip(path, device=device),
+            device=device,
+            task=task,
+            offload=offload,
+        )
+
+    @property
+    def transformer(self) -> WanTransformer:
+        """The transformer, loaded if need be."""
+        return self._transformer.get()
+
+    @property
+    def vae(self) -> WanVae:
+        """The VAE, loaded if need be."""
+        return self._vae.get()
+
+    def generate(self, prompt: str | Sequence[str] | None = None, **arguments: Any) -> Iterator[Tensor]:
+        """Denoise, and return the frames as they are decoded, [B, 3, 1 or 4, H, W] in [-1, 1].
+
+        Arguments and errors are those of a call.
+        """
+        return self(prompt, **arguments).frames
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        negative_prompt: str | None = None,
+        image: ImageLike | None = None,
+        last_image: ImageLike | None = None,
+        src_video: VideoLike | None = None,
+        src_mask: VideoLike | None = None,
+        src_ref_images: Sequence[ImageLike] | ImageLike = (),
+        size: Size | None = None,
+        frames: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        shift: float | None = None,
+        seed: int | None = None,
+        solver: Solver = "unipc",
+        sigma_grid: SigmaGrid = "official",
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        on_step: OnStep | None = None,
+    ) -> Generation:
+        """Generate one video, or one for each prompt. Decoding waits until the frames are asked for.
+
+        What is None is taken from the task: for text to video 832 × 480, 81 frames, 50 steps, guidance 5 and shift 5.
+
+        Args:
+            prompt: what to show; several give a batch of one size.
+            negative_prompt: what to avoid. The published one of the model when None; "" is really empty.
+            image: the first frame (i2v, flf2v): a path, a picture of Pillow or a tensor [3, H, W] in [-1, 1].
+            last_image: the last frame (flf2v), scaled and cut to the aspect of the first.
+            src_video: what vace edits: a path or a tensor [3, F, H, W] in [-1, 1]; scaled and cut to `size`.
+            src_mask: where it may edit: a path (white) or a tensor [1, F, H, W] (1); one frame is for all.
+            src_ref_images: images of what vace shall show.
+            size: (width, height), multiples of 16. i2v and flf2v take the area from it and the aspect from the image.
+            frames: 4n + 1.
+            steps: calls of the solver.
+            guidance: scale of classifier-free guidance; 1 computes no unconditional side.
+            shift: of the noise levels.
+            seed: of the noise, drawn on the CPU: a seed means the same video on every device. The videos of a batch
+                take seed, seed + 1, … A random one when None.
+            solver: "unipc", "dpm++" or "euler".
+            sigma_grid: "official" or "diffusers".
+            latents: the noise itself, float32 [B, C, T, h, w]; vace takes a latent frame more for each reference image.
+            prompt_embeds, negative_prompt_embeds: [B, L, text_dim] in place of the prompts; no text encoder is needed.
+            on_step: called after every step with a `Step`.
+
+        Raises:
+            RequestError: something is missing or not possible; nothing was computed.
+            CheckpointError: a part that is needed is not in the checkpoint.
+            MediaError: an image or a video cannot be read.
+            NumericsError: the latents stopped being numbers; says at which step.
+        """
+        settings = self._settings(size, frames, steps, guidance, shift, solver, sigma_grid, seed)
+        sampler = make_sampler(solver, settings.steps, settings.shift, sigma_grid=sigma_grid)
+        prompts = read_prompts(
+            self.config,
+            prompt=prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt=self._negative_prompt(negative_prompt, negative_prompt_embeds),
+            negative_prompt_embeds=negative_prompt_embeds,
+            guided=settings.guidance != 1,
+        )
+        sources = read_sources(
+            self.config.model_type,
+            settings.frames,
+            image=image,
+            last_image=last_image,
+            src_video=src_video,
+            src_mask=src_mask,
+            src_ref_images=src_ref_images,
+        )
+        if sources.images:
+            settings = replace(settings, size=fit_area(sources.images[0], settings.size))
+        noise = self._noise(latents, len(prompts), settings, before=len(sources.references))
+
+        watch = Stopwatch(self.device)
+        with watch.stage("text"):
+            text = embed_prompts(prompts, self._prompt_encoder)
+            self._done_with(self._prompt_encoder)
+        with watch.stage("image"):
+            clip = self._clip_tokens(sources)
+            condition = self._condition(sources, settings)
+            self._done_with(self._clip, self._vae)
+        with watch.stage("load transformer"):
+            contexts = [self._context(each, clip) for each in text]
+        with watch.stage("denoise"):
+            final = denoise(
+                self.transformer,
+                noise.to(self.device, torch.float32),
+                sampler,
+                contexts,
+                guidance=settings.guidance,
+                condition=None if condition is None else condition.expand(len(noise), -1, -1, -1, -1),
+                on_step=on_step,
+            )
+            self._done_with(self._transformer)
+        return Generation(
+            latents=final[:, :, len(sources.references) :],
+            settings=settings,
+            vae=self._vae,
+            watch=watch,
+            offload=self.offload,
+        )
+
+    def _settings(
+        self,
+        size: Size | None,
+        frames: int | None,
+        steps: int | None,
+        guidance: float | None,
+        shift: float | None,
+        solver: Solver,
+        sigma_grid: SigmaGrid,
+        seed: int | None,
+    ) -> Settings:
+        """Fill in what the task has, and check what can be checked without a model."""
+        task = self.task
+        size = task.size if size is None else size
+        frames = task.frames if frames is None else frames
+        guidance = task.guidance if guidance is None else guidance
+        check_pixels(size)
+        check_frames(frames)
+        if not math.isfinite(guidance):
+            raise RequestError(f"guidance is {guidance}; it has to be a finite number, 1 for none")
+        return Settings(
+            size=size,
+            frames=frames,
+            steps=task.steps if steps is None else steps,
+            guidance=guidance,
+            shift=task.shift(size) if shift is None else shift,
+            solver=solver,
+            sigma_grid=sigma_grid,
+            seed=random.SystemRandom().randrange(2**32) if seed is None else seed,
+        )
+
+    def _negative_prompt(self, given: str | None, embeds: Tensor | None) -> str | None:
+        return self.task.negative_prompt if given is None and embeds is None else given
+
+    def _noise(self, latents: Tensor | None, count: int, settings: Settings, *, before: int) -> Tensor:
+        """Return what the videos start from, [B, C, T, h, w]; `before` latent frames stand before each."""
+        width, height = (side // 8 for side in settings.size)
+        shape = (self.config.out_dim, before + (settings.frames - 1) // 4 + 1, height, width)
+        if latents is None:
+            return torch.stack([draw_noise(shape, settings.seed + index) for index in range(count)])
+        if latents.shape != (count, *shape) or not latents.is_floating_point():
+            raise RequestError(
+                f"latents is {latents.dtype} {list(latents.shape)}; torch.float32 {[count, *shape]} is expected "
+                "for these prompts, frames and this size"
+            )
+        return latents
+
+    def _clip_tokens(self, sources: Sources) -> Tensor | None:
+        """Return the CLIP tokens of all images after each other, [1, tokens, C]."""
+        if self.config.image_dim is None:
+            return None
+        return torch.cat([self._clip.get()(image[None]) for image in sources.images], dim=1)
+
+    def _condition(self, sources: Sources, settings: Settings) -> Tensor | None:
+        if sources.images:
+            return frames_condition(self.vae, sources.images, settings.size, settings.frames)
+        if self.config.model_type == "vace":
+            return vace_context(self.vae, sources, settings.size, settings.frames)
+        return None
+
+    def _context(self, text: Embedded, clip: Tensor | None) -> TextContext:
+        embeddings, lengths = text
+        tokens = None if clip is None else clip.expand(len(embeddings), -1, -1)
+        return self.transformer.prepare_text(embeddings, text_lengths=lengths, clip=tokens)
+
+    def _done_with(self, *parts: Lazy[Any]) -> None:
+        """Drop parts whose stage is over, if that is wanted."""
+        if self.offload:
+            for part in parts:
+                part.release()
+
+
+def default_device() -> torch.device:
+    """Return the accelerator that this machine has, or else the CPU."""
+    # A build of torch for an accelerator names it even where there is none.
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """Return float32 for the CPU and bfloat16 for an accelerator."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
