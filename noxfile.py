@@ -46,7 +46,7 @@ HELD_OUT_ACCURACY = 0.90
 
 @nox.session(venv_backend="none")
 def demo(session: nox.Session) -> None:
-    """A vision-language model learns to read digits; `-- FOLDER` puts the result elsewhere than in demo-out."""
+    """A model learns to read digits, another shows them in motion; `-- FOLDER`: results there, not in demo-out."""
     out = _demo_folder(session)
     environment = _everything(session)
     session.env["OMP_NUM_THREADS"] = "1"
@@ -186,7 +186,9 @@ def _demo_chain(out: str) -> list[str]:
         f"mm-convert Qwen2_5_VLConverter mm_to_hf --cfg.save_hf_dir {out}/hf-tuned --cfg.mm_dir {out}/run/checkpoint "
         f"{hf_config} {layers.format(llm='[2,2]', vit='[4,0]')} --cfg.parallel_config.tp_size 1",
         f"mm-finetune eval --hf_dir {out}/hf-tuned --data {out}/data/heldout.json --output {out}/after.json",
-        f"mm-finetune report {out}/run --before {out}/before.json --after {out}/after.json --output {out}/report.html",
+        f'wan-infer --prompt "the digit 7 moves up" --save_file {out}/digit.mp4 --base_seed 7 --contact_sheet',
+        f"mm-finetune report {out}/run --before {out}/before.json --after {out}/after.json "
+        f"--attach {out}/digit.mp4 {out}/digit.mp4.png --output {out}/report.html",
     ]
 
 
