@@ -17,7 +17,7 @@ def require_writable(target: Path, *, overwrite: bool) -> None:
     if target.exists() and not target.is_file():
         raise OutputError(f"{target} exists and is not a file; name another output")
     if target.exists() and not overwrite:
-        raise OutputError(f"{target} exists already; name another output or allow it to be overwritten")
+        raise OutputError(f"{target} exists already; name another output, or add --overwrite (overwrite=True)")
 
 
 @contextmanager
