@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel, WanVACETransformer3DModel
+from diffusers import AutoencoderKLWan
+from peer_transformer import empty_peer
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
@@ -88,22 +89,8 @@ def diffusers(path: Path, model_type: str = "t2v", *, dtype: torch.dtype = torch
     """A whole checkpoint of the diffusers layout, every part saved by the library that reads it."""
     torch.manual_seed(2)
     config = TRANSFORMERS[model_type]
-    shape: dict[str, Any] = {
-        "num_attention_heads": config.num_heads,
-        "attention_head_dim": config.head_dim,
-        "in_channels": config.in_dim,
-        "text_dim": config.text_dim,
-        "freq_dim": config.freq_dim,
-        "ffn_dim": config.ffn_dim,
-        "num_layers": config.num_layers,
-        "image_dim": config.image_dim,
-        "added_kv_proj_dim": config.dim if config.image_dim else None,
-        "pos_embed_seq_len": config.image_tokens,
-    }
-    if model_type == "vace":
-        shape |= {"vace_layers": list(config.vace_layers), "vace_in_channels": config.vace_in_dim}
-    kind = WanVACETransformer3DModel if model_type == "vace" else WanTransformer3DModel
-    kind(**shape).to(dtype).save_pretrained(path / "transformer", max_shard_size=shard)
+    peer: Any = empty_peer(config).to(dtype)
+    peer.save_pretrained(path / "transformer", max_shard_size=shard)
     AutoencoderKLWan(base_dim=4, num_res_blocks=1).save_pretrained(path / "vae")
     umt5().to(dtype).save_pretrained(path / "text_encoder", max_shard_size=shard)
     write_tokenizer(path / "tokenizer")
