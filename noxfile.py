@@ -1,8 +1,9 @@
 """The only task runner: `nox -l` lists the sessions, `nox` runs what a change must pass, `nox -s demo` shows the house.
 
-Three kinds of environments. `lint` and `docs` have nox's own. `demo`, `types` and `tests` share one that holds all
-packages, installed in place. Each `isolated` session has its own, which holds one package as its user gets it. The
-last two kinds are made anew when what is declared changes, and are used as they stand otherwise.
+Four kinds of environments. `lint` and `docs` have nox's own. `demo`, `types` and `tests` share one that holds all
+packages, installed in place. Each `isolated` session has its own, which holds one package as its user gets it. The two
+`contract` sessions share one that holds what runs on accelerators, and the vendors' libraries. The last three kinds
+are made anew when what is declared changes, and are used as they stand otherwise.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ from house.wheels import BUILD_TOOLS, build_wheels, wheel_names, wheel_problems 
 nox.needs_version = ">=2024.4.15"
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "yes"
-nox.options.sessions = ["lint", "types", "tests", "isolated"]
+nox.options.sessions = ["lint", "types", "tests", "isolated", "npu-contract", "triton-contract"]
 
 CONSTRAINTS = ROOT / "constraints" / "cpu.txt"
 LIMITS = ("-c", str(CONSTRAINTS))
+VENDORS = ("torch-npu", "mindiesd", "triton", "einops", "pyzmq")  # the last two: mindiesd imports them undeclared
+ON_ACCELERATORS = ("dit-fused-ops", "wan-infer")
 TOOLS = (*TEST_TOOLS, *BUILD_TOOLS, "mypy", "nox", "tomli")  # what types and tests need beside the packages
 SETTINGS = ROOT / "pyproject.toml"
 ENVIRONMENTS = ROOT / ".nox"
@@ -122,6 +125,23 @@ def isolated(session: nox.Session, package: str) -> None:
         run_tests(environment, chosen, settings=SETTINGS, arguments=session.posargs)
 
 
+@nox.session(venv_backend="none", name="npu-contract")
+def npu_contract(session: nox.Session) -> None:
+    """NPU code held against the real torch_npu on a stub of CANN: nothing runs on a device; `-- …` goes to pytest."""
+    environment = _vendors(session)
+    variables = session.run(str(environment.python), "tests/npu/stub_cann.py", "--env", silent=True, external=True)
+    session.env.update(dict(line.split("=", 1) for line in str(variables).splitlines()))
+    _contract(session, environment, "tests/npu")
+
+
+@nox.session(venv_backend="none", name="triton-contract")
+def triton_contract(session: nox.Session) -> None:
+    """Our Triton kernels in Triton's interpreter, on CPU; `-- …` goes to pytest."""
+    # Without its stub, torch_npu cannot be loaded, and torch would do so by itself.
+    session.env.update({"TRITON_INTERPRET": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"})
+    _contract(session, _vendors(session), "tests/kernels")
+
+
 @nox.session
 def docs(session: nox.Session) -> None:
     """The documentation as HTML in docs/_build/html; a warning or a dead reference is an error."""
@@ -139,7 +159,7 @@ def _stopping(session: nox.Session) -> Iterator[None]:
 
 
 def _everything(session: nox.Session) -> Environment:
-    """The environment of demo, types and tests: all packages in place with all their extras save npu, and the tools.
+    """The environment of demo, types and tests: all packages in place with their extras save a device's, and the tools.
 
     What the session runs from here on runs as if it were activated.
     """
@@ -148,6 +168,21 @@ def _everything(session: nox.Session) -> Environment:
         environment.prepare(everything_recipe(PACKAGES.values(), constraints=CONSTRAINTS, tools=TOOLS))
     session.env.update({**environment.variables(), "PYTHONPATH": None})
     return environment
+
+
+def _vendors(session: nox.Session) -> Environment:
+    """The environment of the contract sessions: what computes on accelerators, in place, and the vendors' libraries."""
+    environment = Environment(ENVIRONMENTS / "vendors")
+    present = [PACKAGES[name] for name in ON_ACCELERATORS]
+    tools = (*TEST_TOOLS, *VENDORS)
+    with _stopping(session):
+        environment.prepare(everything_recipe(present, constraints=CONSTRAINTS, tools=tools))
+    session.env.update({**environment.variables(), "PYTHONPATH": None})
+    return environment
+
+
+def _contract(session: nox.Session, environment: Environment, folder: str) -> None:
+    session.run(str(environment.python), "-m", "pytest", folder, *session.posargs, external=True)
 
 
 def _build_tools() -> Environment:

@@ -49,6 +49,7 @@ DISTRIBUTIONS: Mapping[str, str] = {
 NEVER_IMPORTED: Mapping[str, str] = {
     "numpy": "torch and safetensors.torch import it where they exchange bytes, and do not declare it",
     "scikit-image": "mm-finetune opens the photographs that it carries, as files",
+    "torch-npu": "registers the operators that dit-fused-ops calls by name; importing it is the user's step",
     "psutil": "megatron-core's checkpoint writer imports it and does not declare it",
 }
 

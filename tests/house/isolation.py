@@ -10,7 +10,7 @@ from house.environment import Environment, Recipe
 from house.tree import Package, siblings
 
 # Needs a vendor stack of the machine: pip alone cannot make it work.
-LEFT_OUT_EXTRAS = ("npu",)
+LEFT_OUT_EXTRAS = ("npu", "cuda")
 
 
 def pinned(name: str, constraints: Path) -> str:
@@ -24,7 +24,7 @@ def pinned(name: str, constraints: Path) -> str:
 def isolation_recipe(
     package: Package, packages: Mapping[str, Package], *, wheels: Path, constraints: Path, tools: Iterable[str]
 ) -> Recipe:
-    """How the environment of `package` is filled: its wheel, all its extras save `npu`, the test `tools`.
+    """How the environment of `package` is filled: its wheel, all its extras save those of a device, the `tools`.
 
     Siblings come as wheels from `wheels`, and only when declared.
     """
@@ -34,7 +34,7 @@ def isolation_recipe(
 
 
 def everything_recipe(packages: Iterable[Package], *, constraints: Path, tools: Iterable[str]) -> Recipe:
-    """How an environment is filled that holds all `packages` in place, with all extras save `npu`, and the `tools`."""
+    """How an environment is filled that holds all `packages` in place, extras save a device's, and the `tools`."""
     present = tuple(packages)
     in_place = [part for package in present for part in ("-e", _with_extras(str(package.folder), package))]
     return _recipe(present, [*in_place, *tools], constraints)
