@@ -7,9 +7,9 @@ import torch
 from peer_transformer import peer_of
 from torch import Tensor, nn
 
-from wan_infer.attention import attention
 from wan_infer.config import TRANSFORMERS, TransformerConfig
 from wan_infer.errors import RequestError
+from wan_infer.ops import attention
 from wan_infer.transformer import WanTransformer, patchify, timestep_sinusoid, unpatchify
 
 # Independent float32 implementations of this depth agree to about 1e-6 of outputs of a few units.

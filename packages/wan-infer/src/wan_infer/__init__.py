@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from wan_infer.generation import Generation, Settings
     from wan_infer.mini import wan_mini
     from wan_infer.pipeline import WanPipeline
-    from wan_infer.rope import apply_rope, rope_table
+    from wan_infer.rope import rope_table
     from wan_infer.samplers import Sampler, draw_noise, guide, make_sampler
     from wan_infer.transformer import TextContext, WanTransformer
     from wan_infer.vae import WanVae
@@ -74,7 +74,6 @@ _HOMES = {
     "draw_noise": "samplers",
     "guide": "samplers",
     "rope_table": "rope",
-    "apply_rope": "rope",
     "VideoWriter": "video",
     "read_frames": "video",
     "contact_sheet": "video",
@@ -110,7 +109,6 @@ __all__ = [
     "draw_noise",
     "guide",
     "rope_table",
-    "apply_rope",
     "VideoWriter",
     "read_frames",
     "contact_sheet",

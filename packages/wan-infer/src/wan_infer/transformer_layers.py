@@ -9,12 +9,10 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan_infer.attention import attention
 from wan_infer.config import TransformerConfig
-from wan_infer.rope import apply_rope
+from wan_infer.ops import attention, gated, modulated_norm, next_norm, rms_norm, rotate
 
 KeyValue = tuple[Tensor, Tensor]  # [B, T, N, D] each
 
@@ -25,7 +23,7 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         dim = config.dim
-        self.eps = config.eps
+        self.norm1, self.norm2 = (nn.LayerNorm(dim, config.eps, elementwise_affine=False) for _ in range(2))
         self.self_attn = SelfAttention(config)
         self.norm3 = nn.LayerNorm(dim, config.eps)
         self.cross_attn = CrossAttention(config)
@@ -43,11 +41,12 @@ class Block(nn.Module):
         """Return the next state of the residual stream, float32 [B, S, C]."""
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (self.modulation + modulation_B6C).unbind(1)
         dtype = self.cross_attn.q.weight.dtype
-        update: Tensor = self.self_attn(modulated_norm(x_BSC, scale_sa, shift_sa, self.eps).to(dtype), rope)
-        x_BSC = x_BSC + update * gate_sa[:, None]
-        x_BSC = x_BSC + self.cross_attn(self.norm3(x_BSC).to(dtype), keys_values, key_bias)
-        update = self.ffn(modulated_norm(x_BSC, scale_ff, shift_ff, self.eps).to(dtype))
-        return x_BSC + update * gate_ff[:, None]
+        update: Tensor = self.self_attn(modulated_norm(self.norm1, x_BSC, scale_sa, shift_sa).to(dtype), rope)
+        x_BSC, normed = next_norm(self.norm3, x_BSC, update, gate_BC=gate_sa)
+        update = self.cross_attn(normed.to(dtype), keys_values, key_bias)
+        x_BSC, normed = next_norm(self.norm2, x_BSC, update, modulation=(scale_ff, shift_ff))
+        update = self.ffn(normed.to(dtype))
+        return gated(x_BSC, update, gate_ff)
 
 
 class VaceBlock(Block):
@@ -89,8 +88,9 @@ class SelfAttention(Attention):
 
     def forward(self, x_BSC: Tensor, rope: Tensor) -> Tensor:
         """Return the update of the residual stream, [B, S, C]."""
-        q = apply_rope(split_heads(self.norm_q(self.q(x_BSC)), self.num_heads), rope)
-        k = apply_rope(split_heads(self.norm_k(self.k(x_BSC)), self.num_heads), rope)
+        q = split_heads(self.norm_q(self.q(x_BSC)), self.num_heads)
+        k = split_heads(self.norm_k(self.k(x_BSC)), self.num_heads)
+        q, k = rotate(q, k, rope)
         v = split_heads(self.v(x_BSC), self.num_heads)
         update: Tensor = self.o(attention(q, k, v).flatten(2))
         return update
@@ -134,7 +134,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normed tensor in the dtype of `x`."""
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight, self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Head(nn.Module):
@@ -144,12 +144,12 @@ class Head(nn.Module):
         super().__init__()
         self.head = nn.Linear(config.dim, config.out_dim * math.prod(config.patch_size))
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
-        self.eps = config.eps
+        self.norm = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
 
     def forward(self, x_BSC: Tensor, time_BC: Tensor) -> Tensor:
         """Return patches, float32 [B, S, frames·rows·columns of a patch·channels]."""
         shift, scale = (self.modulation + time_BC[:, None]).unbind(1)
-        patches: Tensor = self.head(modulated_norm(x_BSC, scale, shift, self.eps))
+        patches: Tensor = self.head(modulated_norm(self.norm, x_BSC, scale, shift))
         return patches
 
 
@@ -186,11 +186,3 @@ def split_heads(x_BSC: Tensor, heads: int) -> Tensor:
     """View [B, S, C] as [B, S, N, D]."""
     heads_last: Tensor = x_BSC.unflatten(2, (heads, -1))
     return heads_last
-
-
-def modulated_norm(x_BSC: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float) -> Tensor:
-    """Return ``layer_norm(x) · (1 + scale) + shift``, [B, S, C]; for one sample in a single pass."""
-    size = x_BSC.shape[-1:]
-    if len(x_BSC) == 1:
-        return F.layer_norm(x_BSC, size, 1 + scale_BC[0], shift_BC[0], eps)
-    return torch.addcmul(shift_BC[:, None], F.layer_norm(x_BSC, size, eps=eps), 1 + scale_BC[:, None])
