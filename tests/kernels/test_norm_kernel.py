@@ -40,7 +40,7 @@ def parts(
     return [random(*shape, dtype=dtype), weight, bias, scale, shift, y, opened]
 
 
-def options(kind: str) -> tuple[str, float, int, bool]:
+def options(kind: str) -> tuple[str, float, int, bool, bool, None]:
     return (kind, EPS, 0, False, True, None)
 
 

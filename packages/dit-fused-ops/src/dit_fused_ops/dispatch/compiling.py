@@ -19,10 +19,10 @@ class CompiledRun:
     gets a copy of the code.
 
     Args:
-        run: traceable, ``run(call, *tensors)``.
+        run: a plain function, traceable, ``run(call, *tensors)``.
     """
 
-    def __init__(self, run: FunctionType) -> None:
+    def __init__(self, run: Any) -> None:
         self._run = run
         self._by_key: dict[str, Callable[..., Any]] = {}
         self._by_call: dict[Any, Callable[..., Any]] = {}
