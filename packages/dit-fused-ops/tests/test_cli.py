@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -106,6 +107,7 @@ def test_a_tuning_file_can_be_shown(tmp_path: Path, capsys: pytest.CaptureFixtur
     [
         (["tune", "--shapes", "huge"], "shape is 'huge', legal are wan-1.3b-480p, .* such as 1x32760x12x128"),
         (["tune", "--shapes", "1x0x12x128"], "shape is '1x0x12x128'"),
+        (["tune", "--shapes", "1x4x12x15"], "with an even HEAD_DIM"),
         (["tune", "--shapes", TINY, "--device", "cuda:9"], "device is 'cuda:9', and this machine has no such device"),
         (["tune", "--shapes", TINY, "--device", "toaster"], "device is 'toaster'"),
         (["tune", "--shapes", TINY, "--ops", "rope"], "ops hold rope, legal are rotary_position_embedding, attention"),
@@ -113,16 +115,24 @@ def test_a_tuning_file_can_be_shown(tmp_path: Path, capsys: pytest.CaptureFixtur
 )
 def test_bad_input_is_one_line_and_code_2(line: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(line) == 2
-    (error,) = capsys.readouterr().err.splitlines()[:1]
-    import re
-
+    error = capsys.readouterr().err.splitlines()[0]
     assert re.search(said, error)
 
 
 def test_a_corrupt_file_that_was_named_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "t.json").write_text("{", encoding="utf-8")
-    assert run("show", str(tmp_path / "t.json")) == 2
-    assert "is not a tuning file" in capsys.readouterr().err
+    for line in (["show"], ["tune", "--shapes", TINY, "--device", "cpu", "--quick", "--file"]):
+        assert main([*line, str(tmp_path / "t.json")]) == 2
+        assert "is not a tuning file" in capsys.readouterr().err
+    assert (tmp_path / "t.json").read_text(encoding="utf-8") == "{"
+
+
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert run("tune", "--shapes", TINY, "--device", "cpu", "--file", str(tmp_path / "file" / "t.json")) == 2
+    assert "t.json: " in capsys.readouterr().err
 
 
 def test_published_shapes_are_the_token_grids_of_81_frames() -> None:

@@ -49,10 +49,10 @@ def parse_shape(text: str) -> Shape:
         return SHAPES[text]
     parts = text.split("x")
     sizes = [int(part) for part in parts if part.isascii() and part.isdigit() and int(part) > 0]
-    if len(parts) != 4 or len(sizes) != 4:
+    if len(parts) != 4 or len(sizes) != 4 or sizes[3] % 2:
         raise ParametersInvalid(
-            f"shape is {text!r}, legal are {', '.join(SHAPES)}, or four numbers BATCHxTOKENSxHEADSxHEAD_DIM "
-            "such as 1x32760x12x128"
+            f"shape is {text!r}, legal are {', '.join(SHAPES)}, or four numbers BATCHxTOKENSxHEADSxHEAD_DIM with an "
+            "even HEAD_DIM, such as 1x32760x12x128"
         )
     return Shape(batch=sizes[0], tokens=sizes[1], heads=sizes[2], head_dim=sizes[3])
 

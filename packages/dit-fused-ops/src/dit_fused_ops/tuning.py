@@ -11,8 +11,8 @@ import torch
 
 from dit_fused_ops.cases import TUNED, Case, Shape, cases
 from dit_fused_ops.dispatch import dispatcher
-from dit_fused_ops.dispatch.store import Decision, default_path
-from dit_fused_ops.errors import ParametersInvalid
+from dit_fused_ops.dispatch.store import Decision, default_path, read_decisions
+from dit_fused_ops.errors import ParametersInvalid, TuningFileError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +70,7 @@ class Tuning:
 
         Raises:
             ParametersInvalid: there is no such device here, or no such op in `TUNED`.
+            TuningFileError: `file` is there and is no tuning file, or it cannot be written.
         """
         if unknown := set(ops) - set(TUNED):
             raise ParametersInvalid(f"ops hold {', '.join(sorted(unknown))}, legal are {', '.join(TUNED)}")
@@ -77,7 +78,7 @@ class Tuning:
             device=_device(device),
             dtype=getattr(torch, dtype),
             thorough=thorough,
-            file=file or default_path(),
+            file=default_path() if file is None else _usable(file),
             ops=frozenset(ops),
         )
 
@@ -89,6 +90,17 @@ class Tuning:
                     with torch.no_grad(), dispatcher.measuring_anew() as decisions:
                         case.run()
                     yield Measured(shape=shape, case=case, decision=decisions[-1])
+
+
+def _usable(file: Path) -> Path:
+    """The file, when it can be added to: what was named is neither thrown away nor, at the end, not there."""
+    read_decisions(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.parent.joinpath(f"{file.name}.lock").open("a", encoding="utf-8"):
+            return file
+    except OSError as error:
+        raise TuningFileError(f"decisions cannot be kept in {file}: {error}; name another file") from error
 
 
 def _device(name: str | None) -> torch.device:
