@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import warnings
 from pathlib import Path
@@ -22,6 +21,12 @@ FAST = Decision(ranking=(("fast", 1.5), ("slow", 9.0)), rejected={"broken": "it 
 def test_what_was_put_is_read_back(tmp_path: Path) -> None:
     Store(tmp_path / "folder" / "t.json").put("key", FAST)
     assert read_decisions(tmp_path / "folder" / "t.json") == {"key": FAST}
+
+
+def test_others_may_read_what_is_shipped(tmp_path: Path) -> None:
+    write_decisions(tmp_path / "t.json", {"key": FAST})
+    (tmp_path / "other").touch()
+    assert (tmp_path / "t.json").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_without_a_file_decisions_last_as_long_as_the_store() -> None:
@@ -74,7 +79,7 @@ def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path: Path) -> No
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "t.json"
     write_decisions(path, {"key": FAST})
-    monkeypatch.setattr(json, "dump", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(Path, "replace", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_decisions(path, {})
     assert read_decisions(path) == {"key": FAST}
