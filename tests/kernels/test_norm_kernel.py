@@ -140,3 +140,12 @@ def test_gradient_of_some_tensors_only() -> None:
         assert tensor is not None
         tensor.requires_grad_()
     check_gradients(NORM, given, options("layer"))
+
+
+@pytest.mark.parametrize("trained", [1, 2, 3, 4], ids=["weight", "bias", "scale", "shift"])
+def test_gradients_of_what_stands_behind_the_residual_alone(trained: int) -> None:
+    given = parts((2, 3, 19), affine="weight bias", vectors="sample", gate="sample", residual=True)
+    tensor = given[trained]
+    assert tensor is not None
+    tensor.requires_grad_()
+    check_gradients(NORM, given, options("layer"))

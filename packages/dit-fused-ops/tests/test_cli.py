@@ -92,8 +92,9 @@ def test_every_op_that_can_be_named_is_tuned() -> None:
 
 def test_a_tuning_file_can_be_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(tmp_path / "t.json")
-    assert run("show", file) == 0
-    assert "holds nothing yet" in capsys.readouterr().out
+    assert run("show", file) == 2
+    assert f"{file} does not exist; `dit-fused-ops tune --file" in capsys.readouterr().err
+    assert run("show") == 0
     assert run("tune", "--shapes", TINY, "--device", "cpu", "--quick", "--file", file) == 0
     capsys.readouterr()
     assert run("show", file) == 0

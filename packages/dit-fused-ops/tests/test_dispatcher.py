@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from toy_op import Doubling
 
-from dit_fused_ops.dispatch import Dispatcher, Settings
+from dit_fused_ops.attention import ATTENTION
+from dit_fused_ops.dispatch import Dispatcher, Settings, spread_rows
 from dit_fused_ops.dispatch.store import Decision, read_decisions
 from dit_fused_ops.errors import BackendRefused, ParametersInvalid
+from dit_fused_ops.norms import NORM
 from dit_fused_ops.rope import ROPE
 
 X = torch.arange(6.0)
@@ -75,11 +78,69 @@ def test_a_backend_that_raises_is_kept_out_with_the_reason(dispatcher: Dispatche
     assert decision.rejected == {"broken": "it raised RuntimeError: this machine cannot"}
 
 
-def test_when_all_candidates_are_wrong_the_reference_does_it(dispatcher: Dispatcher) -> None:
+def test_when_all_candidates_are_wrong_the_reference_does_it_and_others_are_not_told(dispatcher: Dispatcher) -> None:
     toy = Doubling("wrong", "broken")
     for _ in range(2):
         torch.testing.assert_close(dispatcher(toy.op, (X,), (2,)), 2 * X)
     assert toy.runs["reference"] == 2
+    assert _decisions(dispatcher) == []
+
+
+def test_nothing_is_decided_where_there_is_nothing_to_compute(dispatcher: Dispatcher) -> None:
+    toy = Doubling("right", "plain")
+    assert dispatcher(toy.op, (torch.empty(0),), (2,)).shape == (0,)
+    assert _decisions(dispatcher) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_numbers_that_float32_hardly_holds_are_judged_in_float64(dispatcher: Dispatcher, dtype: torch.dtype) -> None:
+    norm, zero = nn.LayerNorm(64, elementwise_affine=False), torch.zeros(1, 64)
+    far = torch.randn(1, 40, 64) + 1000
+    call = (far, None, None, zero, zero, None, None), ("layer", norm.eps, 0, False, True, (64,))
+    with torch.no_grad():
+        dispatcher(NORM, *call)
+        big = (torch.randn(1, 8, 2, 16) * 60000).to(dtype)  # float16 overflows, and so does a right kernel
+        table = torch.randn(8, 8)
+        dispatcher(ROPE, (big, table, table), ("rotated_half", False, True, None, None))
+    norms, rotations = sorted(_decisions(dispatcher), key=lambda decision: "folded" not in dict(decision.ranking))
+    assert {name for name, _ in norms.ranking} == {"folded", "tiled", "eager"}
+    assert {name for name, _ in rotations.ranking} == {"split", "eager"}
+
+
+def test_numbers_that_tell_nothing_decide_nothing(dispatcher: Dispatcher) -> None:
+    zero, constant = torch.zeros(1, 64), torch.full((1, 40, 64), 0.1)
+    with torch.no_grad():
+        dispatcher(NORM, (constant, None, None, zero, zero, None, None), ("layer", 1e-5, 0, False, True, (64,)))
+    assert _decisions(dispatcher) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_default_dtype_does_not_matter(dispatcher: Dispatcher, dtype: torch.dtype) -> None:
+    x = torch.randn(1, 4100, 1, 8)
+    torch.set_default_dtype(dtype)
+    try:
+        dispatcher(ROPE, (x, torch.ones(4100, 4), torch.zeros(4100, 4)), ("rotated_half", False, True, None, None))
+        dispatcher(NORM, (x.reshape(4100, 8), *[None] * 6), ("rms", 1e-6, 0, False, True, None))
+        options = (None, True, False, None, False, None, False, False, False)
+        dispatcher(ATTENTION, (x, x[:, :8], x[:, :8], None, None), options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(not decision.rejected for decision in _decisions(dispatcher))
+
+
+@pytest.mark.parametrize(("rows", "wanted"), [(1, 64), (2, 64), (64, 64), (2**24 + 4, 64), (75600, 3)])
+def test_probed_rows_reach_from_the_first_to_the_last(rows: int, wanted: int) -> None:
+    chosen = spread_rows(rows, wanted, torch.device("cpu")).tolist()
+    assert chosen[0] == 0
+    assert chosen[-1] == rows - 1 or len(chosen) == 1
+    assert len(set(chosen)) == len(chosen) == min(rows, wanted)
+
+
+def test_settings_take_paths_as_text_and_name_what_they_do_not_know(dispatcher: Dispatcher, tmp_path: Path) -> None:
+    dispatcher.configure(file=str(tmp_path / "other.json"))
+    assert dispatcher.settings.file == tmp_path / "other.json"
+    with pytest.raises(ParametersInvalid, match=r"settings are mode, .*, given nope"):
+        dispatcher.configure(nope=1)
 
 
 def test_the_reference_competes_with_nobody(dispatcher: Dispatcher) -> None:

@@ -246,7 +246,7 @@ X, GATE, TABLE = random(2, 5, 7), random(2, 7), random(3, 7)
             lambda: shifted(X, X, X, backend="fast"),
             "multiply_add has no backend 'fast', legal are .*addcmul",
         ),
-        (lambda: muls(X, GATE, 1.0), r"one shape, given \[2, 7\] and \[2, 5, 7\]"),
+        (lambda: muls(X, GATE, 1.0), r"one shape, given \[2, 5, 7\] and \[2, 7\]"),
         (lambda: muls(X, X, GATE), "scale must be a number, given Tensor; residual_gate_add takes tensors"),
         (lambda: muls(None, X, 1.0), "x must be a Tensor, given NoneType"),
         (

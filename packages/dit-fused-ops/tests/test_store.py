@@ -123,6 +123,17 @@ def test_the_place_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_path() == Path("/shipped.json")
 
 
+def test_a_user_without_a_home_has_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DIT_FUSED_OPS_TUNING", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert default_path() is None
+
+
 @given(st.integers(1, 10**7))
 def test_a_bucket_holds_lengths_of_a_quarter_octave(length: int) -> None:
     top = bucket(length)

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from dit_fused_ops.errors import FusedOpsError
+from dit_fused_ops.errors import FusedOpsError, TuningFileError
 
 _EXIT_CODES = "exit codes: 0 done, 2 usage or input error, 3 internal error, 130 interrupted"
 
@@ -88,8 +88,10 @@ def _tune(options: argparse.Namespace) -> None:
 def _show(options: argparse.Namespace) -> None:
     from dit_fused_ops.dispatch.store import default_path, read_decisions
 
-    path = options.file or default_path()
-    decisions = read_decisions(path)
+    path: Path | None = options.file or default_path()
+    if options.file is not None and not options.file.exists():
+        raise TuningFileError(f"{path} does not exist; `dit-fused-ops tune --file {path}` makes it")
+    decisions = {} if path is None else read_decisions(path.expanduser())
     if options.json:
         print(json.dumps({key: {"ranking": d.ranking, "rejected": dict(d.rejected)} for key, d in decisions.items()}))
         return
@@ -100,7 +102,7 @@ def _show(options: argparse.Namespace) -> None:
         for name, reason in decision.rejected.items():
             print(f"  {name}: {reason}")
     if not decisions:
-        print(f"{path} holds nothing yet")
+        print("this user has no home folder, and so no file" if path is None else f"{path} holds nothing yet")
 
 
 _COMMANDS = {"capabilities": _capabilities, "tune": _tune, "show": _show}

@@ -78,7 +78,7 @@ class Tuning:
             device=_device(device),
             dtype=getattr(torch, dtype),
             thorough=thorough,
-            file=default_path() if file is None else _usable(file),
+            file=_usable(file or default_path()),
             ops=frozenset(ops),
         )
 
@@ -92,8 +92,11 @@ class Tuning:
                     yield Measured(shape=shape, case=case, decision=decisions[-1])
 
 
-def _usable(file: Path) -> Path:
+def _usable(file: Path | None) -> Path:
     """The file, when it can be added to: what was named is neither thrown away nor, at the end, not there."""
+    if file is None:
+        raise TuningFileError("this user has no home folder to keep decisions in; name a file with --file")
+    file = file.expanduser()
     read_decisions(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

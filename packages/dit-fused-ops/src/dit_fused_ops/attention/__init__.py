@@ -15,13 +15,14 @@ from torch import Tensor
 
 from dit_fused_ops.attention.call import AttentionCall, describe, lengths_tensor
 from dit_fused_ops.attention.cuda_backends import FLASH_ATTN, FLEX, SDPA_CUDNN, SDPA_EFFICIENT, SDPA_FLASH
-from dit_fused_ops.attention.npu_backends import A5, LASER_SHORTEST, NPU_BACKENDS, soc_version
+from dit_fused_ops.attention.npu_backends import LASER_SHORTEST, NPU_BACKENDS
 from dit_fused_ops.attention.probe import probe_attention
 from dit_fused_ops.attention.reference import Window, attention_naive
 from dit_fused_ops.attention.torch_backends import EAGER, NAIVE, SDPA, SDPA_LSE
 from dit_fused_ops.attention.varlen import ATTENTION_VARLEN, attention_forward_varlen
 from dit_fused_ops.dispatch import Op, dispatcher
 from dit_fused_ops.errors import ParametersInvalid
+from dit_fused_ops.platform import A5, soc_version
 
 __all__ = [
     "attention_forward",
@@ -129,9 +130,10 @@ def attention_forward(
         scale: of the scores; ``D ** -0.5`` without it.
         fused: False computes the reference.
         head_first: whether heads stand before tokens, in all three tensors and in the result.
-        opt_mode: "runtime" measures what can do the call at the first call of a kind and remembers the fastest;
-            "static" measures nothing; "manual" takes `op_type`, or what the environment variable MINDIE_SD_FA_TYPE
-            names instead. Without either that is "fused_attn_score" on an NPU, elsewhere the static choice.
+        opt_mode: "runtime" takes the dispatcher's setting, which is to measure what can do the call at the first call
+            of a kind and to remember the fastest; "static" measures nothing; "manual" takes `op_type`, or what the
+            environment variable MINDIE_SD_FA_TYPE names instead. Without either that is "fused_attn_score" on an NPU,
+            elsewhere the static choice.
         op_type: the backend that must do it, of `capabilities()`; "manual" is then understood. Two are replaced as
             MindIE SD replaces them: laser attention of less than 2048 tokens, and on the A5 laser and prompt flash
             attention, by "fused_attn_score".

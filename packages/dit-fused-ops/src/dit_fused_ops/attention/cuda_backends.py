@@ -17,17 +17,22 @@ from dit_fused_ops.attention.call import AttentionCall
 from dit_fused_ops.attention.masks import given_mask
 from dit_fused_ops.attention.reference import UNBOUNDED
 from dit_fused_ops.attention.torch_backends import (
+    FEW_ENTRIES,
     NOT_EMPTY,
     SAME_BITS,
     SQUARE_CAUSAL,
     flag_or_mask,
     heads_first,
     sdpa_BNSE,
+    unit_stride,
 )
-from dit_fused_ops.dispatch import HALVES, Backend, Rule
-from dit_fused_ops.platform import compiler_missing, package_missing
+from dit_fused_ops.dispatch import HALVES, Backend, CompiledPerKind, Rule
+from dit_fused_ops.platform import compiler_missing, flash_attn_missing
 
 CUDA = frozenset({"cuda"})
+NO_WIDE_GRADIENT = Rule[AttentionCall](
+    lambda call: call.head_dim <= 192 or not call.needs_grad, "with a gradient, the head dim must be up to 192"
+)
 
 
 def _one_kernel(kernel: SDPBackend) -> Callable[..., Any]:
@@ -36,6 +41,7 @@ def _one_kernel(kernel: SDPBackend) -> Callable[..., Any]:
         call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, None]:
         flag, whole = flag_or_mask(call, q, mask, lengths)
+        q, k, v = (unit_stride(each) for each in (q, k, v))
         with sdpa_kernel(kernel):
             return sdpa_BNSE(call, q, k, v, whole, flag), None
 
@@ -69,7 +75,7 @@ def negative_infinities(lse: Tensor) -> Tensor:
 def _flex(
     call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    returned = _compiled_flex()(q, k, v, **flex_arguments(call, q, mask, lengths))
+    returned = _FLEX_KINDS.of(call)(q, k, v, **flex_arguments(call, q, mask, lengths))
     return returned if call.lse else (returned, None)
 
 
@@ -91,7 +97,7 @@ def flex_arguments(call: AttentionCall, q: Tensor, mask: Tensor | None, lengths:
         "block_mask": blocks,
         "scale": call.scale,
         "enable_gqa": call.groups > 1,
-        "return_lse": call.lse,
+        **({"return_lse": True} if call.lse else {}),  # deprecated in newer torch, and nothing else is in older
     }
 
 
@@ -107,14 +113,17 @@ def _window_blocks(window: tuple[int, int], queries: int, keys: int, device: str
 
     # Compiled, it never holds the queries × keys truth values.
     build = create_block_mask if device == "cpu" else torch.compile(create_block_mask)
-    return build(visible, None, None, queries, keys, device=device)
+    with torch.inference_mode(False), torch.no_grad():  # it is kept, also for calls that need a gradient
+        return build(visible, None, None, queries, keys, device=device)
 
 
-@functools.cache
-def _compiled_flex() -> Callable[..., Any]:
+def _flex_attention() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    return flex_attention
+
+
+_FLEX_KINDS = CompiledPerKind(_flex_attention)
 
 
 FLASH_ATTN = Backend[AttentionCall](
@@ -125,9 +134,10 @@ FLASH_ATTN = Backend[AttentionCall](
     honours=frozenset({"causal", "window", "lse", "gqa"}),
     rules=(
         NOT_EMPTY,
+        FEW_ENTRIES,
         Rule(lambda call: call.head_dim <= 256, "the head dim must be up to 256"),
     ),
-    missing=package_missing("flash_attn"),
+    missing=flash_attn_missing,
     traceable=False,
 )
 SDPA_FLASH = Backend[AttentionCall](
@@ -140,6 +150,8 @@ SDPA_FLASH = Backend[AttentionCall](
         SAME_BITS,
         NOT_EMPTY,
         SQUARE_CAUSAL,
+        FEW_ENTRIES,
+        NO_WIDE_GRADIENT,
         Rule(lambda call: call.head_dim <= 256, "the head dim must be up to 256"),
     ),
 )
@@ -162,7 +174,7 @@ SDPA_EFFICIENT = Backend[AttentionCall](
     devices=CUDA,
     dtypes=HALVES | {torch.float32},
     honours=frozenset({"mask", "bias", "gradient of the bias", "causal", "window", "key lengths", "value dim"}),
-    rules=(SAME_BITS, NOT_EMPTY),
+    rules=(SAME_BITS, NOT_EMPTY, FEW_ENTRIES),
 )
 FLEX = Backend[AttentionCall](
     name="flex",

@@ -21,7 +21,7 @@ from dit_fused_ops.attention.masks import close_lse, close_rows, open_rows, whol
 from dit_fused_ops.attention.reference import UNBOUNDED, Window
 from dit_fused_ops.attention.torch_backends import NOT_EMPTY, SAME_BITS, heads_first
 from dit_fused_ops.dispatch import HALVES, Backend, Rule
-from dit_fused_ops.platform import op_missing
+from dit_fused_ops.platform import A5, DUO, op_missing, soc_version
 
 NPU = frozenset({"npu"})
 INT_MAX = 2**31 - 1
@@ -29,8 +29,6 @@ TRIANGLE = 2048  # the compressed mask is always that wide
 EXPLICIT, CAUSAL_BOTTOM_RIGHT, BAND = 0, 3, 4  # of sparse_mode
 LASER_TOKENS, LASER_CHANNELS = 256, 128  # the laser kernel works on whole tiles
 LASER_SHORTEST = 2048
-# What torch.npu.get_soc_version() says: 200-205 Atlas 300I Duo, 220-225 A2, 250-255 A3, 260 A5.
-DUO, A5 = range(200, 206), range(260, 261)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,12 +199,6 @@ def _power_of_two(x: Tensor) -> Tensor:
 def _whole_tiles(x_BNSD: Tensor) -> Tensor:
     tokens, channels = x_BNSD.shape[2:]
     return F.pad(x_BNSD, (0, LASER_CHANNELS - channels, 0, -tokens % LASER_TOKENS))
-
-
-def soc_version() -> int | None:
-    """The number of the NPU's make, or None where there is none."""
-    asks = getattr(getattr(torch, "npu", None), "get_soc_version", None)
-    return None if asks is None else int(asks())
 
 
 def kernel_missing(namespace: str, name: str, absent: Collection[int]) -> Callable[[], str | None]:

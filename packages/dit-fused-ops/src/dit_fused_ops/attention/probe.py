@@ -13,7 +13,7 @@ from torch import Tensor
 from dit_fused_ops.attention.call import AttentionCall
 from dit_fused_ops.attention.masks import given_mask
 from dit_fused_ops.attention.reference import attention_naive, query_positions
-from dit_fused_ops.dispatch import Probe
+from dit_fused_ops.dispatch import Probe, spread_rows
 
 MOST_ROWS = 64
 MOST_SCORES = 1 << 26  # 256 MiB in float32
@@ -45,11 +45,6 @@ def probe_attention(
     if not call.lse:
         return Probe(select=lambda output: output.index_select(axis, rows), wanted=out)
     return both(out, lse, lambda pair: (pair[0].index_select(axis, rows), pair[1].index_select(2, rows)))
-
-
-def spread_rows(rows: int, wanted: int, device: torch.device) -> Tensor:
-    """Return up to `wanted` of `rows` indices, the first and the last among them."""
-    return torch.linspace(0, rows - 1, min(rows, wanted), device=device).long()
 
 
 def both(out: Tensor, lse: Tensor, select: Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]) -> Probe:

@@ -41,9 +41,18 @@ SAME_BITS: Rule[Any] = Rule(
 )
 # A kernel that is called beside its front door may divide by the number of keys.
 NOT_EMPTY = Rule[AttentionCall](lambda call: call.scores > 0, "there is no query or no key")
+# CUDA starts one column of blocks an entry, and one a head.
+FEW_ENTRIES = Rule[AttentionCall](
+    lambda call: call.device.type == "cpu" or max(call.batch, call.heads) <= 65535, "at most 65535 entries and heads"
+)
 SQUARE_CAUSAL = Rule[AttentionCall](
     lambda call: not call.causal or call.queries == call.keys, "causal needs as many queries as keys"
 )
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """The tensor, whose channels stand one after the other: kernels want that, and the choice did not look."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def heads_first(attend: Attend) -> Callable[..., Any]:
@@ -116,6 +125,7 @@ def _sdpa(
 def _sdpa_lse(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, mask: None, lengths: None) -> tuple[Tensor, Tensor]:
     """The kernels beneath `F.scaled_dot_product_attention`, which keep the logarithm for their gradient."""
     aten = torch.ops.aten
+    q, k, v = (unit_stride(each) for each in (q, k, v))
     if call.device.type == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, call.causal, scale=call.scale)
     elif call.dtype == torch.float32:
@@ -204,6 +214,7 @@ SDPA_LSE = Backend[AttentionCall](
         SAME_BITS,
         NOT_EMPTY,
         SQUARE_CAUSAL,
+        FEW_ENTRIES,
         Rule(lambda call: call.lse, "it is for return_lse=True; sdpa is the same without"),
         Rule(
             lambda call: (

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from dit_fused_ops.attention.cuda_backends import negative_infinities
-from dit_fused_ops.attention.npu_backends import DUO, kernel_missing, window_mask
-from dit_fused_ops.attention.probe import MOST_ROWS, both, spread_rows
+from dit_fused_ops.attention.npu_backends import kernel_missing, window_mask
+from dit_fused_ops.attention.probe import MOST_ROWS, both
 from dit_fused_ops.attention.reference import attention_naive, query_positions, visible_keys
 from dit_fused_ops.attention.torch_backends import (
     HELD_SCORES,
@@ -26,8 +26,8 @@ from dit_fused_ops.attention.torch_backends import (
     sdpa_BNSE,
 )
 from dit_fused_ops.attention.varlen_call import Bounds, VarlenCall
-from dit_fused_ops.dispatch import HALVES, Backend, Probe, Rule
-from dit_fused_ops.platform import package_missing
+from dit_fused_ops.dispatch import HALVES, Backend, Probe, Rule, spread_rows
+from dit_fused_ops.platform import DUO, flash_attn_missing
 
 # attend(call, q_BNSD, k_BKSD, v_BKSE) -> out_BNSE, lse_BNS or None
 Attend = Callable[[VarlenCall, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
@@ -229,7 +229,7 @@ VARLEN_BACKENDS: tuple[Backend[VarlenCall], ...] = (
         dtypes=HALVES,
         honours=frozenset({"causal", "window", "softcap", "lse", "gqa"}),
         rules=(Rule(lambda call: call.head_dim <= 256, "the head dim must be up to 256"),),
-        missing=package_missing("flash_attn"),
+        missing=flash_attn_missing,
         traceable=False,
     ),
     Backend(

@@ -2,8 +2,8 @@
 
 from dit_fused_ops.dispatch.backend import FLOATS, HALVES, Backend, Call, Rule, bucket
 from dit_fused_ops.dispatch.choosing import Dispatcher, Settings, dispatcher, readable
-from dit_fused_ops.dispatch.compiling import compiled_backend
-from dit_fused_ops.dispatch.op import Op, Probe
+from dit_fused_ops.dispatch.compiling import CompiledPerKind, compiled_backend
+from dit_fused_ops.dispatch.op import Op, Probe, spread_rows
 
 __all__ = [
     "Op",
@@ -11,10 +11,12 @@ __all__ = [
     "Backend",
     "Rule",
     "Probe",
+    "spread_rows",
     "FLOATS",
     "HALVES",
     "bucket",
     "compiled_backend",
+    "CompiledPerKind",
     "Dispatcher",
     "Settings",
     "dispatcher",

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,9 @@ class Settings:
         deterministic: nothing is measured in "runtime" either, so that two runs never differ by the choice.
         thorough: a search also tries backends whose first call takes seconds (`torch.compile`).
         file: the tuning file; None keeps decisions in memory.
+
+    Raises:
+        ParametersInvalid: a mode that there is not.
     """
 
     mode: str = "runtime"
@@ -56,6 +59,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         _known_mode(self.mode)
+        if self.file is not None:
+            object.__setattr__(self, "file", Path(self.file).expanduser())
 
 
 class Dispatcher:
@@ -82,7 +87,14 @@ class Dispatcher:
         return self._store
 
     def configure(self, **changes: Any) -> None:
-        """Change fields of `Settings`, for this process; what was chosen before is chosen anew."""
+        """Change fields of `Settings`, for this process; what was chosen before is chosen anew.
+
+        Raises:
+            ParametersInvalid: there is no such field, or a mode that there is not.
+        """
+        legal = [field.name for field in fields(Settings)]
+        if unknown := set(changes) - set(legal):
+            raise ParametersInvalid(f"settings are {', '.join(legal)}, given {', '.join(sorted(unknown))}")
         self._settings = replace(self.settings, **changes)
         self.clear()
 
@@ -163,7 +175,7 @@ class Dispatcher:
         mode = _known_mode(mode or self.settings.mode)
         if named is not None:
             return _by_name(op, call, named)
-        if tensors is None or call.device.type == "meta":
+        if tensors is None or call.device.type == "meta" or not (tensors[0] is None or tensors[0].numel()):
             seen_through = [backend for backend in op.backends if backend.traceable and not backend.costly]
             return next(backend for backend in seen_through if backend.refuses(call) is None)
         candidates = [backend for backend in op.backends if backend.refuses(call) is None]
@@ -174,9 +186,10 @@ class Dispatcher:
             if len(contestants) < 2 and self._measured_anew is None:
                 return (contestants or [reference])[0]
             decision = search(op, call, tensors, contestants)
-            self.store.put(key, decision)
-            if self._measured_anew is not None:
-                self._measured_anew.append(decision)
+            if decision is not None:
+                self.store.put(key, decision)
+                if self._measured_anew is not None:
+                    self._measured_anew.append(decision)
         return _best(candidates, decision)
 
     def _measures(self, call: C, mode: str) -> bool:
@@ -207,7 +220,7 @@ class Dispatcher:
 
 def _known_mode(mode: str) -> str:
     if mode not in MODES:
-        raise ParametersInvalid(f"mode is {mode!r}, legal are {', '.join(MODES)}")
+        raise ParametersInvalid(f"opt_mode is {mode!r}, legal are {', '.join(MODES)}")
     return mode
 
 

@@ -8,39 +8,54 @@ from typing import Any
 
 import torch
 
-from dit_fused_ops.dispatch.backend import Backend, C
+from dit_fused_ops.dispatch.backend import Backend, C, Call
 from dit_fused_ops.platform import compiler_missing
+
+
+class CompiledPerKind:
+    """`torch.compile` of a function, with a copy of its code for each kind of call.
+
+    dynamo gives up on code that it has compiled for eight kinds, and runs it as it stands from then on.
+
+    Args:
+        load: returns the function, a plain one; called when it is first needed.
+    """
+
+    def __init__(self, load: Callable[[], Any]) -> None:
+        self._load = load
+        self._by_key: dict[str, Callable[..., Any]] = {}
+        self._by_call: dict[Any, Callable[..., Any]] = {}
+
+    def of(self, call: Call) -> Callable[..., Any]:
+        """Return the compiled function for calls like this one; its first use takes seconds."""
+        compiled = self._by_call.get(call)
+        if compiled is None:
+            if call.key not in self._by_key:
+                self._by_key[call.key] = torch.compile(_copied(self._load(), len(self._by_key)))
+            compiled = self._by_call[call] = self._by_key[call.key]
+        return compiled
+
+
+def _copied(function: Any, number: int) -> FunctionType:
+    code = function.__code__.replace(co_name=f"{function.__name__}_{number}")
+    copied = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
 
 
 class CompiledRun:
     """The `run` of a backend, compiled anew for each kind of call.
-
-    dynamo gives up on code that it has compiled for eight kinds, and runs it as it stands from then on; so each kind
-    gets a copy of the code.
 
     Args:
         run: a plain function, traceable, ``run(call, *tensors)``.
     """
 
     def __init__(self, run: Any) -> None:
-        self._run = run
-        self._by_key: dict[str, Callable[..., Any]] = {}
-        self._by_call: dict[Any, Callable[..., Any]] = {}
+        self._kinds = CompiledPerKind(lambda: run)
 
     def __call__(self, call: Any, *tensors: Any) -> Any:
-        """Compute the call; the first of its kind takes seconds."""
-        compiled = self._by_call.get(call)
-        if compiled is None:
-            compiled = self._by_call[call] = self._of_kind(call.key)
-        return compiled(call, *tensors)
-
-    def _of_kind(self, key: str) -> Callable[..., Any]:
-        if key not in self._by_key:
-            run = self._run
-            code = run.__code__.replace(co_name=f"{run.__name__}_{len(self._by_key)}")
-            copied = FunctionType(code, run.__globals__, run.__name__, run.__defaults__, run.__closure__)
-            self._by_key[key] = torch.compile(copied)
-        return self._by_key[key]
+        """Compute the call."""
+        return self._kinds.of(call)(call, *tensors)
 
 
 def compiled_backend(run: Any, *, honours: frozenset[str] = frozenset()) -> Backend[C]:

@@ -6,9 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic
 
+import torch
 from torch import Tensor
 
 from dit_fused_ops.dispatch.backend import Backend, C
+
+
+def spread_rows(rows: int, wanted: int, device: torch.device) -> Tensor:
+    """Return up to `wanted` of `rows` indices, the first and the last among them; for a `Probe`."""
+    count = min(rows, wanted)
+    return torch.arange(count, device=device) * (rows - 1) // max(count - 1, 1)
 
 
 @dataclass(frozen=True)

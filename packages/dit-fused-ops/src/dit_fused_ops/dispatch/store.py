@@ -31,17 +31,22 @@ class Decision:
     Attributes:
         ranking: backends with their median time in microseconds, the fastest first.
         rejected: backends that failed or computed something wrong, with the reason.
+        lasting: whether it holds for other processes too; memory that was short does not.
     """
 
     ranking: tuple[tuple[str, float], ...]
     rejected: Mapping[str, str] = field(default_factory=dict)
+    lasting: bool = True
 
 
-def default_path() -> Path:
-    """Return `$DIT_FUSED_OPS_TUNING`, or `dit-fused-ops/tuning.json` in the user's cache folder."""
+def default_path() -> Path | None:
+    """Return `$DIT_FUSED_OPS_TUNING`, or `dit-fused-ops/tuning.json` in the user's cache; None without a home."""
     if named := os.environ.get(VARIABLE):
         return Path(named)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # a user id without a home, as in some containers
+        return None
     return Path(cache) / "dit-fused-ops" / "tuning.json"
 
 
@@ -96,7 +101,8 @@ class Store:
         self.get(key)
         assert self._decisions is not None
         self._decisions[key] = decision
-        if self._writable:
+        # Where nothing was right the machine may be ill, or the numbers: no reason to tell others.
+        if self._writable and decision.ranking and decision.lasting:
             try:
                 self._write_through(key, decision)
             except OSError as error:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_fused_ops.arguments import require_tensor, require_type
-from dit_fused_ops.dispatch import Op, Probe, dispatcher
+from dit_fused_ops.dispatch import Op, Probe, dispatcher, spread_rows
 from dit_fused_ops.errors import ParametersInvalid
 from dit_fused_ops.norms.backends import BACKENDS
 from dit_fused_ops.norms.call import ACCURATE, NormCall, describe
@@ -271,8 +271,8 @@ def _of(norm: nn.Module, x: Tensor) -> tuple[str, Tensor | None, Tensor | None, 
 
 
 def _probe(call: NormCall, *tensors: Any) -> Probe:
-    samples = torch.tensor([0, call.shape_BSH[0] - 1], device=call.device)
-    rows = torch.linspace(0, call.shape_BSH[1] - 1, min(_PROBED_ROWS, call.shape_BSH[1]), device=call.device).long()
+    samples = spread_rows(call.shape_BSH[0], 2, call.device)
+    rows = spread_rows(call.shape_BSH[1], _PROBED_ROWS, call.device)
 
     def some(tensor: Tensor | None) -> Tensor | None:
         if tensor is None:

@@ -26,7 +26,7 @@ from dit_fused_ops.norms.parts import (
     with_surroundings,
 )
 from dit_fused_ops.norms.reference import norm_naive, residual_gate_norm_naive
-from dit_fused_ops.platform import op_missing, package_missing
+from dit_fused_ops.platform import op_missing, triton_missing
 from dit_fused_ops.pointwise.backends import tiles
 
 FOLDED_SAMPLES = 8  # the most samples that are normed one after the other
@@ -193,7 +193,7 @@ BACKENDS: tuple[Backend[NormCall], ...] = (
         dtypes=_NARROW,
         honours=_ALL,
         rules=(Rule(lambda call: call.x_shape[-1] <= 1 << 16, "a row must fit one program: 65536 channels"),),
-        missing=package_missing("triton"),
+        missing=triton_missing,
         traceable=False,
         note="its gradient is plain torch, computed from the inputs again",
     ),

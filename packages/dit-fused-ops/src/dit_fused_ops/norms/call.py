@@ -78,6 +78,8 @@ def describe(tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> No
     x, weight, bias, scale, shift, y, gate = tensors
     kind, eps, impl_mode, legacy, fused, over = options
     require_type(fused, "fused", bool)
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise ParametersInvalid(f"eps must be a number, given {eps!r}")
     x = require_tensor(x, "x")
     given = {"weight": weight, "bias": bias, "scale": scale, "shift": shift, "y": y, "gate": gate}
     others = {name: require_tensor(tensor, name) for name, tensor in given.items() if tensor is not None}

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from dit_fused_ops.norms.call import NormCall
 from dit_fused_ops.norms.parts import Parts, cast, modulation, normed_input, with_surroundings
-
-_A5 = 260  # the first number of that generation of devices, as torch_npu counts them
+from dit_fused_ops.platform import A5, soc_version
 
 
 @with_surroundings
@@ -52,15 +51,9 @@ def mindiesd_adaln(call: NormCall, *tensors: Any) -> Any:
         given, along = x.reshape(batch * tokens, 1, hidden), tokens
     scale, shift = (t.expand(batch, along, hidden).reshape(-1, 1, hidden) for t in modulation(parts, x.dtype))
     affine = cast(x.dtype, parts.weight, parts.bias)
-    if _generation() >= _A5:
+    if soc_version() in A5:
         normed = torch.ops.mindiesd.adaln_v2(given, scale, shift, *affine, call.eps)[0]
     else:
         normed = torch.ops.mindiesd.adaln(given, scale, shift, *affine, call.eps)
     normed = normed.reshape(x.shape)
     return normed if parts.y is None else (x, normed)
-
-
-def _generation() -> int:
-    """The number by which torch_npu tells the generations of Ascend devices apart; 0 where it does not say."""
-    asks = getattr(getattr(torch, "npu", None), "get_soc_version", None)
-    return int(asks()) if asks is not None else 0

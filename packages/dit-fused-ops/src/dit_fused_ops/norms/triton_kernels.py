@@ -105,8 +105,11 @@ class _Norm(torch.autograd.Function):
         ]
         with torch.enable_grad():
             outputs = ctx.again(ctx.call, *leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        # The new residual has no gradient where only what comes after it is trained.
+        paths = [each for each in zip(outputs, gradients, strict=True) if each[0].requires_grad]
         wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if leaf is not None and need]
-        found = iter(torch.autograd.grad(outputs, wanted, gradients))
+        found = iter(torch.autograd.grad([out for out, _ in paths], wanted, [slope for _, slope in paths]))
         return None, None, *(next(found) if need else None for need in needed)
 
 

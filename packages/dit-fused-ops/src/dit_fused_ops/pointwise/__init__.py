@@ -125,7 +125,9 @@ def muls_add(x: Tensor, y: Tensor, scale: float, *, opt_mode: str | None = None,
         raise ParametersInvalid(
             f"scale must be a number, given {type(scale).__name__}; residual_gate_add takes tensors"
         )
-    dtype = torch.float64 if require_tensor(x, "x").dtype == torch.float64 else torch.float32
+    if require_tensor(x, "x").shape != require_tensor(y, "y").shape:
+        raise ParametersInvalid(f"x and y must have one shape, given {list(x.shape)} and {list(y.shape)}")
+    dtype = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
     factor = torch.full((), scale, dtype=dtype, device=x.device)
     result: Tensor = dispatcher(MULTIPLY_ADD, (y, x, factor), (False,), mode=opt_mode, named=backend)
     return result

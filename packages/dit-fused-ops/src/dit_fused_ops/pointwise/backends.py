@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dit_fused_ops.dispatch import FLOATS, Backend, Call, Rule, compiled_backend
-from dit_fused_ops.platform import op_missing, package_missing
+from dit_fused_ops.platform import op_missing, triton_missing
 from dit_fused_ops.pointwise.call import MultiplyAddCall
 from dit_fused_ops.pointwise.reference import multiply_add_naive
 
@@ -95,7 +95,7 @@ BACKENDS: tuple[Backend[MultiplyAddCall], ...] = (
         devices=frozenset({"cuda"}),
         dtypes=FLOATS - {torch.float64},
         rules=(Rule(lambda call: call.compute_dtype == torch.float32, "no tensor may be float64"),),
-        missing=package_missing("triton"),
+        missing=triton_missing,
         traceable=False,
         note="its gradient is plain torch",
     ),

@@ -9,7 +9,8 @@ from torch import Tensor
 
 def multiply_add_naive(base: Tensor, update: Tensor, factor: Tensor, plus_one: bool = False) -> Tensor:
     """Return ``base + update · factor``, or ``base + update · (1 + factor)`` with `plus_one`; shapes broadcast."""
-    base, update, factor = (wide(tensor) for tensor in (base, update, factor))
+    dtype = torch.float64 if torch.float64 in (base.dtype, update.dtype, factor.dtype) else torch.float32
+    base, update, factor = (tensor.to(dtype) for tensor in (base, update, factor))
     return base + update * (1 + factor if plus_one else factor)
 
 

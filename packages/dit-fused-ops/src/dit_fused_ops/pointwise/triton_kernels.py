@@ -29,9 +29,12 @@ def _multiply_add_kernel(
     out, base, update, factor, base_l, base_s, base_h, factor_l, factor_s, factor_h, rows, columns,
     PLUS_ONE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    # One flat grid: its other axes are short.
+    program = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(columns, BLOCK)
+    row = program // blocks
     sample, token = row // rows, row % rows
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    column = program % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
     a = tl.load(base + sample * base_l + token * base_s + column * base_h, mask=inside).to(tl.float32)
     b = tl.load(update + row * columns + column, mask=inside).to(tl.float32)
@@ -48,7 +51,7 @@ def _launch(call: MultiplyAddCall, base: Tensor, update: Tensor, factor: Tensor)
     block = min(_BLOCK, triton.next_power_of_2(max(1, columns)))
     if out.numel():
         with torch.cuda.device_of(out):
-            _multiply_add_kernel[(samples * rows, triton.cdiv(columns, block))](
+            _multiply_add_kernel[(samples * rows * triton.cdiv(columns, block),)](
                 out, base_LSH, update.contiguous(), factor_LSH, *base_LSH.stride(), *factor_LSH.stride(), rows, columns,
                 PLUS_ONE=call.plus_one, BLOCK=block, num_warps=warps(block),
             )  # fmt: skip

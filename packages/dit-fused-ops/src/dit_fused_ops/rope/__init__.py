@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import overload
 
-import torch
 from torch import Tensor
 
-from dit_fused_ops.dispatch import Op, Probe, dispatcher
+from dit_fused_ops.dispatch import Op, Probe, dispatcher, spread_rows
 from dit_fused_ops.errors import ParametersInvalid
 from dit_fused_ops.rope.backends import BACKENDS, wide_table
 from dit_fused_ops.rope.call import RopeCall, describe
@@ -110,7 +109,7 @@ def rope_tables_from_complex(turns: Tensor) -> tuple[Tensor, Tensor]:
 
 def _probe(call: RopeCall, x: Tensor, cos: Tensor, sin: Tensor) -> Probe:
     axis = call.layout.index("S")
-    rows = torch.linspace(0, x.shape[axis] - 1, min(_PROBED_TOKENS, x.shape[axis]), device=x.device).long()
+    rows = spread_rows(x.shape[axis], _PROBED_TOKENS, x.device)
     cos, sin = (wide_table(call, table) for table in (cos, sin))
     if call.table_shape[axis] != 1:
         cos, sin = (table.index_select(axis, rows) for table in (cos, sin))

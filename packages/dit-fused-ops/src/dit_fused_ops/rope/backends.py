@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dit_fused_ops.dispatch import FLOATS, Backend, Rule, compiled_backend
-from dit_fused_ops.platform import op_missing, package_missing
+from dit_fused_ops.platform import op_missing, triton_missing
 from dit_fused_ops.rope.call import RopeCall
 from dit_fused_ops.rope.reference import full_width, rotary_naive, rotate_pairs
 
@@ -88,10 +88,11 @@ def _triton(call: RopeCall, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _npu_rotary_mul(call: RopeCall, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    # The vendor's op wants one dtype: that of the tables, as MindIE SD does it.
-    cos, sin = (wide_table(call, table) for table in (cos, sin))
+    # The vendor's op wants one dtype; where there are two, float32 holds both.
+    dtype = call.dtype if call.dtype == call.table_dtype else torch.float32
+    cos, sin = (wide_table(call, table).to(dtype) for table in (cos, sin))
     mode = "half" if call.mode == "rotated_half" else "interleave"
-    turned: Tensor = torch.ops.npu.npu_rotary_mul(x.to(cos.dtype), cos, sin, mode)
+    turned: Tensor = torch.ops.npu.npu_rotary_mul(x.to(dtype), cos, sin, mode)
     return turned.to(call.dtype)
 
 
@@ -132,7 +133,7 @@ BACKENDS: tuple[Backend[RopeCall], ...] = (
             Rule(lambda call: call.table_dtype != torch.float64, "the tables must not be float64"),
             Rule(lambda call: call.x_shape[3] <= 1 << 12, "the head dim must be at most 4096"),
         ),
-        missing=package_missing("triton"),
+        missing=triton_missing,
         traceable=False,
     ),
     Backend(

@@ -11,11 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-import triton
 from dit_fused_ops.rope.call import RopeCall
 
 _TILE = 1 << 12  # numbers of one program at most
@@ -83,7 +83,8 @@ def _launch(call: RopeCall, x: Tensor, cos: Tensor, sin: Tensor, *, backwards: b
     tables = [t.reshape(call.table_shape).expand(*x.shape[:-1], -1) for t in (cos, sin)]
     pairs, channels = call.rotary_dim // 2, x.shape[-1]
     block_p = triton.next_power_of_2(pairs)
-    block_n = min(triton.next_power_of_2(heads), max(1, _TILE // (2 * block_p)))
+    block_d = triton.next_power_of_2(max(1, channels - 2 * pairs))
+    block_n = min(triton.next_power_of_2(heads), max(1, _TILE // max(2 * block_p, block_d)))
     strides = [t.stride(axis) for t in (out, x) for axis in axes] + [t.stride(a) for t in tables for a in (*axes, 3)]
     if x.numel():
         with torch.cuda.device_of(x):
@@ -91,8 +92,7 @@ def _launch(call: RopeCall, x: Tensor, cos: Tensor, sin: Tensor, *, backwards: b
                 out, x, *tables, *strides, tokens, heads, pairs, channels,
                 INTERLEAVED=call.mode == "rotated_interleaved", HALF_WIDTH=call.half_width, BACKWARDS=backwards,
                 HAS_REST=channels > 2 * pairs, BLOCK_N=block_n, BLOCK_P=block_p,
-                BLOCK_D=triton.next_power_of_2(max(1, channels - 2 * pairs)),
-                num_warps=min(8, max(1, block_n * block_p // 256)),
+                BLOCK_D=block_d, num_warps=min(8, max(1, block_n * block_p // 256)),
             )  # fmt: skip
     return out
 

@@ -114,7 +114,7 @@ def sparse_attention(
         raise ParametersInvalid(f"inner_precise is {inner_precise!r}, legal are 0 and 1")
     if sparse_type is None:
         output = _dense(q, k, v, input_layout, attn_mask=attn_mask, scale=scale, is_causal=is_causal, op_type=backend)
-        return (output, torch.ones((), device=q.device)) if return_density else output
+        return (output, torch.ones((), dtype=torch.float32, device=q.device)) if return_density else output
     require_sparse_type(sparse_type, keep_sink, keep_recent, cdf_threshold)
     refuse_what_is_missing(attn_mask, is_causal, video_spans, precision)
     tokens = input_layout.index("S")
@@ -132,7 +132,7 @@ def sparse_attention(
     )
     if request.least_density >= DENSE_FROM and backend is None and not legacy:
         output = _dense(q, k, v, input_layout, scale=request.scale)
-        return (output, torch.ones((), device=q.device)) if return_density else output
+        return (output, torch.ones((), dtype=torch.float32, device=q.device)) if return_density else output
     if input_layout == "BSND":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     output, kept = _sparse(request, q, k, v, inner_precise, backend)

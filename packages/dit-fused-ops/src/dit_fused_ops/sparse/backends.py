@@ -6,18 +6,16 @@ R rows (one block of queries of one head of one batch entry), T tokens of a bloc
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from dit_fused_ops.dispatch import FLOATS, HALVES, Backend, Rule
+from dit_fused_ops.dispatch import FLOATS, HALVES, Backend, CompiledPerKind, Rule
 from dit_fused_ops.platform import compiler_missing, op_missing
 from dit_fused_ops.sparse.call import SparseCall
 from dit_fused_ops.sparse.reference import block_sparse_attention_naive
@@ -100,20 +98,20 @@ def _masked_sdpa(call: SparseCall, q: Tensor, k: Tensor, v: Tensor, mask: Tensor
     """Dense attention under the mask written out, for as many blocks of queries at once as the memory allows."""
     batch, heads, _, _ = call.q_shape
     size, k_tokens = call.block_size, call.k_shape[2]
+    shared = heads != call.k_shape[1]
+    if shared and call.device.type != "cpu":  # no kernel there takes both a mask and shared heads
+        k, v = (each.repeat_interleave(heads // call.k_shape[1], dim=1) for each in (k, v))
+        shared = False
     at_once = max(1, _MASKED // (batch * heads * k_tokens * size))
     outputs = []
     for number, q_part in enumerate(q.split(at_once * size, dim=2)):
         mask_part = mask[:, :, number * at_once : (number + 1) * at_once].repeat_interleave(size, dim=2)
         seen = mask_part[:, :, : q_part.shape[2]].repeat_interleave(size, dim=3)[..., :k_tokens]
-        outputs.append(
-            F.scaled_dot_product_attention(q_part, k, v, seen, scale=call.scale, enable_gqa=heads != call.k_shape[1])
-        )
+        outputs.append(F.scaled_dot_product_attention(q_part, k, v, seen, scale=call.scale, enable_gqa=shared))
     return torch.cat(outputs, dim=2)
 
 
-@functools.cache
-def _compile_flex() -> Callable[..., Any]:
-    return torch.compile(flex_attention)
+_FLEX_KINDS = CompiledPerKind(lambda: flex_attention)
 
 
 def _flex(call: SparseCall, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -125,7 +123,7 @@ def _flex(call: SparseCall, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Te
         seq_lengths=(call.q_shape[2], call.k_shape[2]),
     )
     gqa = call.q_shape[1] != call.k_shape[1]
-    output: Tensor = _compile_flex()(q, k, v, block_mask=blocks, scale=call.scale, enable_gqa=gqa)
+    output: Tensor = _FLEX_KINDS.of(call)(q, k, v, block_mask=blocks, scale=call.scale, enable_gqa=gqa)
     return output
 
 
