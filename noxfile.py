@@ -24,7 +24,14 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from house.boundaries import TEST_TOOLS, violations  # noqa: E402
 from house.environment import CommandError, Environment, Recipe  # noqa: E402
-from house.isolation import everything_recipe, isolation_recipe, prepare_isolated, run_tests  # noqa: E402
+from house.isolation import (  # noqa: E402
+    ONE_THREAD,
+    SIDE_BY_SIDE,
+    everything_recipe,
+    isolation_recipe,
+    prepare_isolated,
+    run_tests,
+)
 from house.tree import read_package, read_packages, siblings  # noqa: E402
 from house.wheels import BUILD_TOOLS, build_wheels, wheel_names, wheel_problems  # noqa: E402
 
@@ -86,7 +93,8 @@ def types(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
     """All tests of all packages and across them, from the source tree in one environment; `-- …` goes to pytest."""
-    session.run(str(_everything(session).python), "-m", "pytest", *session.posargs, external=True)
+    python = str(_everything(session).python)
+    session.run(python, "-m", "pytest", *SIDE_BY_SIDE, *session.posargs, external=True, env=ONE_THREAD)
 
 
 @nox.session(venv_backend="none")
@@ -182,7 +190,8 @@ def _vendors(session: nox.Session) -> Environment:
 
 
 def _contract(session: nox.Session, environment: Environment, folder: str) -> None:
-    session.run(str(environment.python), "-m", "pytest", folder, *session.posargs, external=True)
+    line = ("-m", "pytest", *SIDE_BY_SIDE, folder, *session.posargs)
+    session.run(str(environment.python), *line, external=True, env=ONE_THREAD)
 
 
 def _build_tools() -> Environment:

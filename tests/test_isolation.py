@@ -17,7 +17,7 @@ from house.wheels import build_wheels
 THIS = Environment(Path(sys.prefix))
 TEST = "import mm_finetune\n\ndef test_it():\n    assert mm_finetune.ANSWER == 42\n"
 SIBLING = "ANSWER = 42\n"
-PYTEST = ("pytest", "pluggy", "iniconfig", "packaging", "pygments")
+PYTEST = ("pytest", "pytest-xdist", "execnet", "pluggy", "iniconfig", "packaging", "pygments")
 
 
 @pytest.fixture

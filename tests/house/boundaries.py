@@ -34,7 +34,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
 STANDARD_LIBRARY_ONLY = frozenset({"ascend-envcheck"})
 
 # What `nox -s isolated` adds to the declared dependencies, so tests may import it undeclared.
-TEST_TOOLS = ("pytest", "hypothesis")
+TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis")
 
 # Import names that are not the distribution's name with underscores.
 DISTRIBUTIONS: Mapping[str, str] = {

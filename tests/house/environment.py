@@ -74,13 +74,13 @@ class Environment:
         verbosity = () if sys.stdout.isatty() else ("--quiet",)
         self.run("-m", "pip", "--disable-pip-version-check", "install", *verbosity, *arguments)
 
-    def run(self, *arguments: str | Path, cwd: Path | None = None) -> None:
+    def run(self, *arguments: str | Path, cwd: Path | None = None, variables: Mapping[str, str] | None = None) -> None:
         """Run its Python, with nothing of the outside in the way; raises `CommandError`.
 
         `PYTHONPATH` and the user's site-packages would lend the environment what it lacks, so both are shut off. Its
-        own commands are the first on `PATH`.
+        own commands are the first on `PATH`. `variables` come on top.
         """
-        execute([str(self.python), *map(str, arguments)], cwd=cwd, env=self.variables())
+        execute([str(self.python), *map(str, arguments)], cwd=cwd, env={**self.variables(), **(variables or {})})
 
     def variables(self) -> dict[str, str]:
         """The process variables that `run` uses."""

@@ -13,6 +13,12 @@ from house.tree import Package, siblings
 LEFT_OUT_EXTRAS = ("npu", "cuda")
 
 
+# Files of tests on two processes with one thread each: the numbers of a test are too small for two threads, and two
+# processes with two threads on two cores crawl.
+SIDE_BY_SIDE = ("-n", "2", "--dist", "loadfile")
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
 def pinned(name: str, constraints: Path) -> str:
     """The line `name==…` of a constraints file; raises `ValueError` when it pins no such thing."""
     for line in constraints.read_text(encoding="utf-8").splitlines():
@@ -61,7 +67,8 @@ def run_tests(environment: Environment, package: Package, *, settings: Path, arg
         CommandError: a test failed, or an import did.
     """
     with tempfile.TemporaryDirectory(prefix=f"{package.name}-") as elsewhere:
-        environment.run("-m", "pytest", "-c", settings, package.tests, *arguments, cwd=Path(elsewhere))
+        line: list[str | Path] = ["-m", "pytest", "-c", settings, *SIDE_BY_SIDE, package.tests, *arguments]
+        environment.run(*line, cwd=Path(elsewhere), variables=ONE_THREAD)
 
 
 def _with_extras(what: str, package: Package) -> str:

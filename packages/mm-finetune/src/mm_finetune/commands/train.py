@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
+
+# The first process that fails makes torchrun end the others: rank 0 must be it, or its words are never said.
+WAITS_SECONDS = 15
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
         prepared = prepare(load_config(args.config, args.overrides), world_size=world_size)
     except (FinetuneError, OSError):
         if rank:
+            time.sleep(WAITS_SECONDS)
             return 2
         raise
     folder = train(prepared)
