@@ -3,7 +3,8 @@
 Four kinds of environments. `lint` and `docs` have nox's own. `demo`, `types` and `tests` share one that holds all
 packages, installed in place. Each `isolated` session has its own, which holds one package as its user gets it. The two
 `contract` sessions share one that holds what runs on accelerators, and the vendors' libraries. The last three kinds
-are made anew when what is declared changes, and are used as they stand otherwise.
+are made anew when what is declared changes, and are used as they stand otherwise. pip decides what each of them holds;
+what `types` and `tests` already have in that version is linked from there, not unpacked again.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ ON_ACCELERATORS = ("dit-fused-ops", "wan-infer")
 TOOLS = (*TEST_TOOLS, *BUILD_TOOLS, "mypy", "nox", "tomli")  # what types and tests need beside the packages
 SETTINGS = ROOT / "pyproject.toml"
 ENVIRONMENTS = ROOT / ".nox"
+EVERYTHING = Environment(ENVIRONMENTS / "everything")
 PACKAGES = read_packages(ROOT)
 META = read_package(ROOT / "meta")
 
@@ -129,7 +131,7 @@ def isolated(session: nox.Session, package: str) -> None:
     with _stopping(session):
         build_wheels((chosen, *siblings(chosen, PACKAGES)), built, tools=_build_tools())
         recipe = isolation_recipe(chosen, PACKAGES, wheels=built, constraints=CONSTRAINTS, tools=TEST_TOOLS)
-        prepare_isolated(environment, chosen, PACKAGES, wheels=built, recipe=recipe)
+        prepare_isolated(environment, chosen, PACKAGES, wheels=built, recipe=recipe, lender=EVERYTHING)
         run_tests(environment, chosen, settings=SETTINGS, arguments=session.posargs)
 
 
@@ -171,11 +173,10 @@ def _everything(session: nox.Session) -> Environment:
 
     What the session runs from here on runs as if it were activated.
     """
-    environment = Environment(ENVIRONMENTS / "everything")
     with _stopping(session):
-        environment.prepare(everything_recipe(PACKAGES.values(), constraints=CONSTRAINTS, tools=TOOLS))
-    session.env.update({**environment.variables(), "PYTHONPATH": None})
-    return environment
+        EVERYTHING.prepare(everything_recipe(PACKAGES.values(), constraints=CONSTRAINTS, tools=TOOLS))
+    session.env.update({**EVERYTHING.variables(), "PYTHONPATH": None})
+    return EVERYTHING
 
 
 def _vendors(session: nox.Session) -> Environment:
@@ -184,7 +185,7 @@ def _vendors(session: nox.Session) -> Environment:
     present = [PACKAGES[name] for name in ON_ACCELERATORS]
     tools = (*TEST_TOOLS, *VENDORS)
     with _stopping(session):
-        environment.prepare(everything_recipe(present, constraints=CONSTRAINTS, tools=tools))
+        environment.prepare(everything_recipe(present, constraints=CONSTRAINTS, tools=tools), lender=EVERYTHING)
     session.env.update({**environment.variables(), "PYTHONPATH": None})
     return environment
 
@@ -196,7 +197,8 @@ def _contract(session: nox.Session, environment: Environment, folder: str) -> No
 
 def _build_tools() -> Environment:
     environment = Environment(ENVIRONMENTS / "build-tools")
-    environment.prepare(Recipe(installs=((*LIMITS, *BUILD_TOOLS),), depends_on=(CONSTRAINTS.read_text("utf-8"),)))
+    recipe = Recipe(installs=((*LIMITS, *BUILD_TOOLS),), depends_on=(CONSTRAINTS.read_text("utf-8"),))
+    environment.prepare(recipe, lender=EVERYTHING)
     return environment
 
 

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +18,7 @@ from house.wheels import build_wheels
 THIS = Environment(Path(sys.prefix))
 TEST = "import mm_finetune\n\ndef test_it():\n    assert mm_finetune.ANSWER == 42\n"
 SIBLING = "ANSWER = 42\n"
+PREFIX = "def main():\n    import sys\n    print(sys.prefix)\n"
 PYTEST = ("pytest", "pytest-xdist", "execnet", "pluggy", "iniconfig", "packaging", "pygments")
 
 
@@ -112,7 +114,8 @@ def test_the_recipe_brings_extras_but_not_npu_and_torch_first_only_where_it_is_n
         (*limits, *links, "mm-finetune[demo]==0.1.0", "pytest"),
     )
     everything = everything_recipe([leaf, app], constraints=constraints, tools=["pytest"])
-    assert everything.installs == ((*limits, "-e", str(leaf.folder), "-e", f"{app.folder}[demo]", "pytest"),)
+    in_place = ("--no-build-isolation", "-e", str(leaf.folder), "-e", f"{app.folder}[demo]", "pytest")
+    assert everything.installs == ((*limits, "hatchling>=1.27", "editables"), (*limits, *in_place))
 
 
 def test_an_environment_is_out_of_date_when_a_sibling_declares_more(
@@ -139,6 +142,44 @@ def test_an_interrupted_making_is_made_again(environment: Environment) -> None:
         environment.prepare(Recipe(installs=(("--no-index", "./no-such-folder"),)))
     assert environment.prepare(Recipe(installs=()))
     assert not environment.prepare(Recipe(installs=()))
+
+
+def test_an_environment_that_borrowed_holds_what_pip_alone_would_have_brought(plant: Plant, tmp_path: Path) -> None:
+    """The lender holds what is wanted, an older version of it, a thing from a path, and a thing that nobody wants."""
+    wheels = tmp_path / "wheels"
+    datafmt, convert, app = plant("mm-datafmt"), plant("mm-convert", PREFIX), plant("mm-finetune")
+    with (convert.folder / "pyproject.toml").open("a") as pyproject:
+        pyproject.write('[project.scripts]\nmm-convert = "mm_convert:main"\n')
+    build_wheels([datafmt, convert, app, plant("dit-cache")], wheels, tools=THIS)
+    offline = ("--no-index", "--find-links", str(wheels))
+    from_path = str(wheels / "mm_finetune-0.1.0-py3-none-any.whl")
+    lender, alone, borrower = (Environment(tmp_path / name) for name in ("lender", "alone", "borrower"))
+    lender.prepare(Recipe(installs=((*offline, "mm-datafmt", "mm-convert", "dit-cache", from_path),)))
+
+    newer = datafmt.folder / "pyproject.toml"
+    newer.write_text(newer.read_text().replace('version = "0.1.0"', 'version = "0.2.0"'))
+    build_wheels([datafmt, convert, app], wheels, tools=THIS)
+    recipe = Recipe(installs=((*offline, "mm-datafmt", "mm-convert", "mm-finetune"),))
+    finished = lender.seal.rename(tmp_path / "seal")
+    alone.prepare(recipe, lender=lender)  # in the making, it lends nothing
+    finished.rename(lender.seal)
+    borrower.prepare(recipe, lender=lender)
+
+    assert files(borrower) == files(alone)
+    lent = {name: shared(name, lender, borrower) for name in ("mm_convert", "mm_datafmt", "mm_finetune")}
+    assert lent == {"mm_convert": True, "mm_datafmt": False, "mm_finetune": False}
+    assert not shared("mm_convert", lender, alone)
+    script = subprocess.run([borrower.command("mm-convert")], check=True, capture_output=True, text=True)
+    assert script.stdout.strip() == str(borrower.path)
+
+
+def files(environment: Environment) -> set[Path]:
+    return {path.relative_to(environment.path) for path in environment.path.rglob("*") if path.is_file()}
+
+
+def shared(name: str, *environments: Environment) -> bool:
+    first, second = (next(each.path.glob(f"lib/python*/site-packages/{name}/__init__.py")) for each in environments)
+    return first.samefile(second)
 
 
 def test_siblings_are_followed_through_siblings(plant: Plant) -> None:

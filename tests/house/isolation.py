@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from house.environment import Environment, Recipe
@@ -11,7 +12,8 @@ from house.tree import Package, siblings
 
 # Needs a vendor stack of the machine: pip alone cannot make it work.
 LEFT_OUT_EXTRAS = ("npu", "cuda")
-
+# What `pip install -e` builds with: once in the environment, where pip would fetch it anew for each package.
+BUILD_BACKEND = ("hatchling>=1.27", "editables")
 
 # Files of tests on two processes with one thread each: the numbers of a test are too small for two threads, and two
 # processes with two threads on two cores crawl.
@@ -43,18 +45,27 @@ def everything_recipe(packages: Iterable[Package], *, constraints: Path, tools: 
     """How an environment is filled that holds all `packages` in place, extras save a device's, and the `tools`."""
     present = tuple(packages)
     in_place = [part for package in present for part in ("-e", _with_extras(str(package.folder), package))]
-    return _recipe(present, [*in_place, *tools], constraints)
+    recipe = _recipe(present, ["--no-build-isolation", *in_place, *tools], constraints)
+    return replace(recipe, installs=(("-c", str(constraints), *BUILD_BACKEND), *recipe.installs))
 
 
 def prepare_isolated(
-    environment: Environment, package: Package, packages: Mapping[str, Package], *, wheels: Path, recipe: Recipe
+    environment: Environment,
+    package: Package,
+    packages: Mapping[str, Package],
+    *,
+    wheels: Path,
+    recipe: Recipe,
+    lender: Environment | None = None,
 ) -> None:
     """Bring `environment` up to date: anew when `recipe` changed, else only the fresh wheels in place of the old.
+
+    `lender` is an environment beside it, see `Environment.prepare`.
 
     Raises:
         CommandError: pip found no way.
     """
-    if environment.prepare(recipe):
+    if environment.prepare(recipe, lender=lender):
         return
     ours = [f"{each.name}=={each.version}" for each in (package, *siblings(package, packages))]
     environment.install("--force-reinstall", "--no-deps", "--no-index", "--find-links", str(wheels), *ours)
