@@ -10,6 +10,7 @@ what `types` and `tests` already have in that version is linked from there, not 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -44,7 +45,7 @@ nox.options.sessions = ["lint", "types", "tests", "isolated", "npu-contract", "t
 CONSTRAINTS = ROOT / "constraints" / "cpu.txt"
 LIMITS = ("-c", str(CONSTRAINTS))
 VENDORS = ("torch-npu", "mindiesd", "triton", "einops", "pyzmq")  # the last two: mindiesd imports them undeclared
-ON_ACCELERATORS = ("dit-fused-ops", "wan-infer")
+ON_ACCELERATORS = ("dit-cache", "dit-fused-ops", "wan-infer")
 TOOLS = (*TEST_TOOLS, *BUILD_TOOLS, "mypy", "nox", "tomli")  # what types and tests need beside the packages
 SETTINGS = ROOT / "pyproject.toml"
 ENVIRONMENTS = ROOT / ".nox"
@@ -88,7 +89,7 @@ def types(session: nox.Session) -> None:
     # One run a package: equal names of test files in two packages are two modules of one name to mypy.
     for package in PACKAGES.values():
         session.run(python, "-m", "mypy", str(package.folder / "src"), str(package.tests), external=True)
-    session.env["MYPYPATH"] = "tests"
+    session.env["MYPYPATH"] = os.pathsep.join(("tests", "benchmarks"))
     session.run(python, "-m", "mypy", "noxfile.py", "tests", "benchmarks", "docs/conf.py", external=True)
 
 

@@ -366,7 +366,7 @@ def test_release_keeps_what_cannot_be_loaded_again() -> None:
 @pytest.mark.parametrize("model_type", tiny_wan.MODEL_TYPES)
 def test_defaults_come_from_the_task(model_type: str) -> None:
     pipe = tiny.ours(model_type)
-    settings = pipe._settings(None, None, None, None, None, "unipc", "official", 0)
+    settings = pipe.settings(None, None, None, None, None, "unipc", "official", 0)
     assert (settings.size, settings.frames, settings.guidance) == ((832, 480), 81, 5.0)
     assert settings.shift == {"t2v": 5.0, "i2v": 3.0, "flf2v": 16.0, "vace": 16.0}[model_type]
     assert settings.steps == 50

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wan_infer.caching import SIDES, Uncached
 from wan_infer.errors import NumericsError
 from wan_infer.samplers import Sampler, guide
 from wan_infer.transformer import TextContext, WanTransformer
@@ -42,6 +43,7 @@ def denoise(
     guidance: float,
     condition: Tensor | None = None,
     on_step: OnStep | None = None,
+    cached: Uncached | None = None,
 ) -> Tensor:
     """Return the latents at noise level 0, float32 [B, C, T, h, w].
 
@@ -53,17 +55,24 @@ def denoise(
         guidance: scale of the difference of the two.
         condition: as the transformer takes it.
         on_step: called after every step.
+        cached: decides which steps are computed; all when None.
 
     Raises:
         NumericsError: a step gave NaN or infinity.
     """
-    for index, timestep in enumerate(sampler.timesteps, start=1):
+    cached = cached or Uncached()
+
+    def predict() -> Tensor:
         times = timestep.float().expand(len(latents))
-        velocities = [transformer(latents, times, context, condition=condition) for context in contexts]
+        velocities = []
+        for side, context in zip(SIDES, contexts, strict=False):
+            with cached.side(index - 1, side):
+                velocities.append(transformer(latents, times, context, condition=condition))
         velocity, *unconditional = velocities
-        if unconditional:
-            velocity = guide(velocity, unconditional[0], guidance)
-        latents = sampler.step(velocity, latents)
+        return guide(velocity, unconditional[0], guidance) if unconditional else velocity
+
+    for index, timestep in enumerate(sampler.timesteps, start=1):
+        latents = sampler.step(cached.velocity(predict, latents), latents)
         if not torch.isfinite(latents).all():
             raise NumericsError(
                 f"the latents are not finite after step {index} of {len(sampler)} (timestep {timestep.item():g}); "

@@ -43,6 +43,7 @@ class Generation:
         vae: what decodes them.
         watch: has timed the stages.
         offload: whether the VAE is dropped after decoding.
+        computed: share of the transformer's evaluations that a cache left to be computed; 1 without one.
     """
 
     latents: Tensor
@@ -50,6 +51,7 @@ class Generation:
     vae: Lazy[WanVae]
     watch: Stopwatch
     offload: bool = False
+    computed: float = 1.0
 
     @property
     def frames(self) -> Iterator[Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wan_infer.caching import CacheWish, OnSearch, cached, read_wish, searched
 from wan_infer.checkpoints.loading import load_clip, load_prompt_encoder, load_transformer, load_vae, open_checkpoint
 from wan_infer.clip import ClipEncoder
 from wan_infer.conditioning import fit_area, frames_condition, vace_context
@@ -147,7 +148,9 @@ class WanPipeline:
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
+        cache: CacheWish = None,
         on_step: OnStep | None = None,
+        on_search: OnSearch | None = None,
     ) -> Generation:
         """Generate one video, or one for each prompt. Decoding waits until the frames are asked for.
 
@@ -172,7 +175,10 @@ class WanPipeline:
             sigma_grid: "official" or "diffusers".
             latents: the noise itself, float32 [B, C, T, h, w]; vace takes a latent frame more for each reference image.
             prompt_embeds, negative_prompt_embeds: [B, L, text_dim] in place of the prompts; no text encoder is needed.
+            cache: which steps are not computed, see :mod:`.caching`: a schedule of dit-cache or the path of one,
+                "auto:0.4" to search one for 40 % of the steps, or a `CacheConfig`.
             on_step: called after every step with a `Step`.
+            on_search: called with the progress of a search, where "auto" has to make one.
 
         Raises:
             RequestError: something is missing or not possible; nothing was computed.
@@ -180,7 +186,7 @@ class WanPipeline:
             MediaError: an image or a video cannot be read.
             NumericsError: the latents stopped being numbers; says at which step.
         """
-        settings = self._settings(size, frames, steps, guidance, shift, solver, sigma_grid, seed)
+        settings = self.settings(size, frames, steps, guidance, shift, solver, sigma_grid, seed)
         sampler = make_sampler(solver, settings.steps, settings.shift, sigma_grid=sigma_grid)
         prompts = read_prompts(
             self.config,
@@ -202,6 +208,9 @@ class WanPipeline:
         if sources.images:
             settings = replace(settings, size=fit_area(sources.images[0], settings.size))
         noise = self._noise(latents, len(prompts), settings, before=len(sources.references))
+        wish = read_wish(cache)
+        if isinstance(wish, float):
+            wish = searched(self, settings, wish, watch=on_search)
 
         watch = Stopwatch(self.device)
         with watch.stage("text"):
@@ -213,7 +222,8 @@ class WanPipeline:
             self._done_with(self._clip, self._vae)
         with watch.stage("load transformer"):
             contexts = [self._context(each, clip) for each in text]
-        with watch.stage("denoise"):
+        levels = sampler.sigmas.tolist()
+        with watch.stage("denoise"), cached(wish, self.transformer, levels, settings) as caching:
             final = denoise(
                 self.transformer,
                 noise.to(self.device, torch.float32),
@@ -222,6 +232,7 @@ class WanPipeline:
                 guidance=settings.guidance,
                 condition=None if condition is None else condition.expand(len(noise), -1, -1, -1, -1),
                 on_step=on_step,
+                cached=caching,
             )
             self._done_with(self._transformer)
         return Generation(
@@ -230,20 +241,25 @@ class WanPipeline:
             vae=self._vae,
             watch=watch,
             offload=self.offload,
+            computed=caching.computed,
         )
 
-    def _settings(
+    def settings(
         self,
-        size: Size | None,
-        frames: int | None,
-        steps: int | None,
-        guidance: float | None,
-        shift: float | None,
-        solver: Solver,
-        sigma_grid: SigmaGrid,
-        seed: int | None,
+        size: Size | None = None,
+        frames: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        shift: float | None = None,
+        solver: Solver = "unipc",
+        sigma_grid: SigmaGrid = "official",
+        seed: int | None = None,
     ) -> Settings:
-        """Fill in what the task has, and check what can be checked without a model."""
+        """Return the settings of a call: what is not given is taken from the task.
+
+        Raises:
+            RequestError: what can be checked without a model is not possible.
+        """
         task = self.task
         size = task.size if size is None else size
         frames = task.frames if frames is None else frames
@@ -268,8 +284,7 @@ class WanPipeline:
 
     def _noise(self, latents: Tensor | None, count: int, settings: Settings, *, before: int) -> Tensor:
         """Return what the videos start from, [B, C, T, h, w]; `before` latent frames stand before each."""
-        width, height = (side // 8 for side in settings.size)
-        shape = (self.config.out_dim, before + (settings.frames - 1) // 4 + 1, height, width)
+        shape = self.latent_shape(settings, before=before)
         if latents is None:
             return torch.stack([draw_noise(shape, settings.seed + index) for index in range(count)])
         if latents.shape != (count, *shape) or not latents.is_floating_point():
@@ -278,6 +293,11 @@ class WanPipeline:
                 "for these prompts, frames and this size"
             )
         return latents
+
+    def latent_shape(self, settings: Settings, *, before: int = 0) -> tuple[int, int, int, int]:
+        """Return the shape of the latents of one video, (C, T, h, w), with `before` latent frames before it."""
+        width, height = (side // 8 for side in settings.size)
+        return self.config.out_dim, before + (settings.frames - 1) // 4 + 1, height, width
 
     def _clip_tokens(self, sources: Sources) -> Tensor | None:
         """Return the CLIP tokens of all images after each other, [1, tokens, C]."""

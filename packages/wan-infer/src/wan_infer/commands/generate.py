@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wan_infer.commands import cache_options
 from wan_infer.errors import RequestError
 from wan_infer.tasks import TASKS, Size, Task, check_frames, check_pixels, check_task
 
@@ -75,6 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument("--embedding_cache", type=Path, help="a folder to keep the embeddings of prompts in")
 
+    cache_options.add_arguments(parser)
+
     out = parser.add_argument_group("the result")
     out.add_argument("--save_file", type=Path, help="an .mp4, or a .png for one frame; a name is made up without it")
     out.add_argument("--contact_sheet", action="store_true", help="write FILE.png as well, an overview of the frames")
@@ -100,6 +103,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     if options.ckpt_dir is None and task.name != _MINI:
         raise RequestError(f"--task {task.name} needs --ckpt_dir, the folder of its checkpoint")
     arguments = {**_settings(task, options), **_sources(task, options)}
+    cache_options.check(options)
     jobs = _jobs(task, options, arguments["size"], arguments["frames"])
     if options.ckpt_dir is None:
         sys.stderr.write("no --ckpt_dir: this is wan-mini, which knows handwritten digits that move and nothing else\n")
@@ -195,9 +199,10 @@ def _make(
 ) -> list[dict[str, Any]]:
     pipe = _pipeline(task, options, offload=len(jobs) == 1 if options.offload_model is None else options.offload_model)
     tiling = _tiling() if options.vae_tiling else None
+    arguments = {**arguments, **cache_options.arguments(options, pipe.config, arguments["steps"])}
     records = []
     for job in jobs:
-        with _progress(arguments["steps"], "step", job.prompt) as show:
+        with cache_options.notes(), _progress(arguments["steps"], "step", job.prompt) as show:
             made = pipe(job.prompt, seed=job.seed, on_step=_shown_by(show), **arguments)
         with _progress(made.settings.frames, "frame", "decoding") as show:
             made.save(job.file, fps=options.fps, overwrite=options.overwrite, tiling=tiling, on_frames=show)
@@ -274,6 +279,8 @@ def _record(job: Job, made: Generation, options: argparse.Namespace, task: Task,
         **asdict(made.settings),
         "fps": options.fps,
         "vae_tiling": options.vae_tiling,
+        "cache": cache_options.described(options),
+        "computed": round(made.computed, 4),
         "dtype": options.dtype or str(default_dtype(pipe.device)).removeprefix("torch."),
         "versions": versions(pipe.device),
         "seconds": {stage: round(seconds, 3) for stage, seconds in made.timings.items()},

@@ -1,0 +1,250 @@
+"""A schedule: which steps are computed, what is put in the others, and what it was found for. One JSON file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_cache.engine.guards import Envelope
+from dit_cache.engine.policies import Static
+from dit_cache.engine.predictors import Planned
+from dit_cache.engine.velocity import VelocityCache
+from dit_cache.errors import CacheWarning, ScheduleError, ScheduleMismatch
+
+FORMAT, VERSION = "dit-cache schedule", 1
+COMPUTED, FITTED = "C", "f"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """What a schedule was found for; "" and None stand for unknown, and are not compared.
+
+    Attributes:
+        model: digest of the weights, from `model_digest`.
+        solver: its name.
+        shift: of the noise levels, for the reader: what counts are the levels themselves.
+        guidance: scale of the guidance.
+    """
+
+    model: str = ""
+    solver: str = ""
+    shift: float | None = None
+    guidance: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Which steps are computed, and what is put in the others.
+
+    Attributes:
+        plan: a character for each step: "C" computed, "f" a hole with weights of its own, a digit a hole that is
+            filled by the polynomial of that degree (0 repeats the last value).
+        sigmas: noise level of each step.
+        fitted: hole → (computed step → weight), where the plan says "f".
+        made: for what.
+        calibration, validation: the samples it was found with, and those it was chosen with.
+        calibration_score, score: mean of −20·log10(‖x − x_ref‖/‖x_ref‖) in dB over the final latents, x_ref being
+            those of the uncached run; on calibration and on validation. None where it was not measured.
+        envelope: computed step → lowest and highest relative change since the computed step before, in calibration.
+    """
+
+    plan: str
+    sigmas: tuple[float, ...]
+    fitted: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
+    made: Made = Made()
+    calibration: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
+    calibration_score: float | None = None
+    score: float | None = None
+    envelope: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if problem := _problem(self):
+            raise ScheduleError(problem)
+
+    @property
+    def computed(self) -> tuple[int, ...]:
+        """The steps that are computed."""
+        return tuple(step for step, kind in enumerate(self.plan) if kind == COMPUTED)
+
+    @property
+    def flops_share(self) -> float:
+        """Executed share of the floating point operations of the uncached run."""
+        return len(self.computed) / len(self.plan)
+
+    @property
+    def predictor(self) -> Planned:
+        """What is put in the holes."""
+        orders = {step: int(kind) for step, kind in enumerate(self.plan) if kind.isdigit()}
+        return Planned(orders=orders, fitted=self.fitted)
+
+    def cache(self, *, extra: int = 0, **options: Any) -> VelocityCache:
+        """Return a cache that follows this schedule.
+
+        Args:
+            extra: steps that the `Envelope` guard may add where a sample behaves as none did in calibration.
+            options: `store`, `group` and `measure` of the cache.
+        """
+        guards = (Envelope(bounds=self.envelope, extra=extra),) if extra and self.envelope else ()
+        return VelocityCache(Static(self.computed), predictor=self.predictor, guards=guards, **options)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write it as JSON.
+
+        Raises:
+            ScheduleError: the file exists, and `overwrite` was not said.
+        """
+        target = Path(path)
+        if target.exists() and not overwrite:
+            raise ScheduleError(f"{target} exists; name another file, or say overwrite")
+        record = {"format": FORMAT, "version": VERSION, "flops_share": self.flops_share, **asdict(self)}
+        write_text(target, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        return target
+
+    @classmethod
+    def load(cls, path: str | Path) -> Schedule:
+        """Read one.
+
+        Raises:
+            ScheduleError: there is no such file, or it is no schedule of a version that is known.
+        """
+        try:
+            record = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ScheduleError(f"{path} cannot be read as a schedule: {error}") from error
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise ScheduleError(f"{path} is no schedule of dit-cache; `dit-cache search` makes one")
+        if record.get("version") != VERSION:
+            raise ScheduleError(f"{path} has version {record.get('version')!r}; this dit-cache reads {VERSION}")
+        try:
+            return cls(
+                plan=record["plan"],
+                sigmas=tuple(map(float, record["sigmas"])),
+                fitted={int(h): {int(s): float(w) for s, w in f.items()} for h, f in record["fitted"].items()},
+                made=Made(**record["made"]),
+                calibration=tuple(record["calibration"]),
+                validation=tuple(record["validation"]),
+                calibration_score=record["calibration_score"],
+                score=record["score"],
+                envelope={int(step): (float(low), float(high)) for step, (low, high) in record["envelope"].items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, ScheduleError):
+                raise ScheduleError(f"{path}: {error}") from error
+            raise ScheduleError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+    def adapted(self, sigmas: Sequence[float], made: Made | None = None) -> Schedule:
+        """Return this schedule for a run, or one derived from it where the noise levels are others.
+
+        Derived means: as dense over σ as this one, the same share of steps computed, lines through the last two values
+        in the holes. It was not verified, and a warning says so; so does one where solver or guidance are others.
+
+        Args:
+            sigmas: noise levels of the steps, with or without the final 0.
+            made: what the run is; what is unknown is not compared.
+
+        Raises:
+            ScheduleMismatch: the model is another one.
+        """
+        wanted = made or Made()
+        if self.made.model and wanted.model and self.made.model != wanted.model:
+            raise ScheduleMismatch(
+                f"the schedule was found for the model {self.made.model}, this one is {wanted.model}; schedules do not "
+                "carry over: search one for this model"
+            )
+        for name in ("solver", "guidance"):
+            ours, theirs = getattr(self.made, name), getattr(wanted, name)
+            if ours not in ("", None) and theirs not in ("", None) and ours != theirs:
+                _warn(f"the schedule was found for {name} {ours}, this run has {theirs}; its score does not hold here")
+        levels = tuple(float(level) for level in sigmas)
+        levels = levels[:-1] if len(levels) > 1 and levels[-1] == 0 else levels
+        if len(levels) == len(self.sigmas) and all(map(_near, levels, self.sigmas)):
+            return self
+        return self._derived(levels)
+
+    def _derived(self, levels: tuple[float, ...]) -> Schedule:
+        _warn(
+            f"the schedule is for {len(self.plan)} steps from {self.sigmas[0]:.4f} to {self.sigmas[-1]:.4f}, this run "
+            f"has {len(levels)} from {levels[0]:.4f} to {levels[-1]:.4f}; one as dense over sigma is derived, and was "
+            "not verified: search again for these steps"
+        )
+        computed = _spread([self.sigmas[step] for step in self.computed], levels, self.flops_share)
+        plan = "".join(COMPUTED if step in computed else "1" for step in range(len(levels)))
+        return replace(self, plan=plan, sigmas=levels, fitted={}, envelope={}, calibration_score=None, score=None)
+
+
+def model_digest(*models: nn.Module) -> str:
+    """Return a name for the weights: equal for equal weights, whatever the dtype they were loaded in.
+
+    Of each parameter, name, shape and 64 values, rounded to bfloat16, are digested: fast for 14 billion parameters.
+    """
+    digest = hashlib.sha256()
+    for index, model in enumerate(models):
+        for name, parameter in sorted(model.named_parameters()):
+            flat = parameter.detach().reshape(-1)
+            picked = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16).contiguous()
+            digest.update(f"{index} {name} {tuple(parameter.shape)}".encode())
+            digest.update(bytes(picked.view(torch.uint8).tolist()))
+    return "sha256:" + digest.hexdigest()[:32]
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write a file under a temporary name beside it, and rename it when it is complete."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+        partial.replace(target)
+    except OSError as error:
+        raise ScheduleError(f"{target} cannot be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _spread(old: Sequence[float], levels: Sequence[float], share: float) -> set[int]:
+    """Choose steps of `levels` that lie like `old` does, as many as the share asks for, the first among them."""
+    count = max(1, min(len(levels), round(share * len(levels))))
+    chosen: set[int] = {0}
+    for index in range(1, count):
+        place = index * (len(old) - 1) / max(1, count - 1)
+        below = min(int(place), len(old) - 1)
+        above = min(below + 1, len(old) - 1)
+        level = old[below] + (place - below) * (old[above] - old[below])
+        chosen.add(min((s for s in range(len(levels)) if s not in chosen), key=lambda s: abs(levels[s] - level)))
+    return chosen
+
+
+def _problem(schedule: Schedule) -> str | None:
+    plan, sigmas = schedule.plan, schedule.sigmas
+    legal = f"{COMPUTED}{FITTED}01234"
+    if not isinstance(plan, str) or not plan or set(plan) - set(legal) or plan[0] != COMPUTED:
+        return f"the plan is {plan!r}; it has to begin with {COMPUTED} and consist of {', '.join(legal)}"
+    if len(sigmas) != len(plan) or not all(map(math.isfinite, sigmas)) or len(set(sigmas)) < len(sigmas):
+        return (
+            f"there are {len(sigmas)} sigmas for {len(plan)} steps; a finite level for each, all different, is expected"
+        )
+    holes = {step for step, kind in enumerate(plan) if kind == FITTED}
+    if holes != set(schedule.fitted):
+        return f"the plan has fitted holes at {sorted(holes)}, the weights are for {sorted(schedule.fitted)}"
+    for hole, weights in schedule.fitted.items():
+        earlier = [step for step, kind in enumerate(plan[:hole]) if kind == COMPUTED]
+        if not weights or sorted(weights) != earlier[-len(weights) :] or not all(map(math.isfinite, weights.values())):
+            return f"the weights of step {hole} are for the steps {sorted(weights)}, not for the last computed ones"
+    return None
+
+
+def _near(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-6)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, CacheWarning, stacklevel=3)

@@ -1,0 +1,1 @@
+"""Finds the best schedule for a budget: `search`, `search_front`, and `search_block_cache` for a `CacheConfig`."""
