@@ -49,6 +49,8 @@ def test_a_video_and_its_record(folder: Path, capsys: pytest.CaptureFixture[str]
         "seed": 3,
         "fps": 16.0,
         "vae_tiling": False,
+        "cache": None,
+        "computed": 1.0,
         "dtype": "float32",
     }
     assert versions.keys() == {"wan-infer", "torch", "python", "device"}

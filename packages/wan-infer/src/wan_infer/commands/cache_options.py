@@ -14,7 +14,7 @@ from wan_infer.errors import RequestError
 
 if TYPE_CHECKING:
     from wan_infer.caching import SearchProgress
-    from wan_infer.config import TransformerConfig
+    from wan_infer.pipeline import WanPipeline
 
 _DEFAULTS = {"start_step": 12, "attentioncache_interval": 4, "end_step": 37}  # those of Wan2.1 on Ascend
 
@@ -51,7 +51,7 @@ def check(options: argparse.Namespace) -> None:
         read_wish(options.cache)
 
 
-def arguments(options: argparse.Namespace, config: TransformerConfig, steps: int) -> dict[str, Any]:
+def arguments(options: argparse.Namespace, pipe: WanPipeline, steps: int) -> dict[str, Any]:
     """Return the arguments of a call of the pipeline.
 
     Raises:
@@ -62,7 +62,7 @@ def arguments(options: argparse.Namespace, config: TransformerConfig, steps: int
 
         numbers = {name: _DEFAULTS[name] if value is None else value for name, value in _numbers(options).items()}
         start, interval, end = numbers.values()
-        return {"cache": attention_cache(config.num_layers, steps, start=start, interval=interval, end=end)}
+        return {"cache": attention_cache(pipe.config.num_layers, steps, start=start, interval=interval, end=end)}
     return {"cache": options.cache, "on_search": _Shown()}
 
 

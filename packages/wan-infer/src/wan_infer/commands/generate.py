@@ -199,7 +199,7 @@ def _make(
 ) -> list[dict[str, Any]]:
     pipe = _pipeline(task, options, offload=len(jobs) == 1 if options.offload_model is None else options.offload_model)
     tiling = _tiling() if options.vae_tiling else None
-    arguments = {**arguments, **cache_options.arguments(options, pipe.config, arguments["steps"])}
+    arguments = {**arguments, **cache_options.arguments(options, pipe, arguments["steps"])}
     records = []
     for job in jobs:
         with cache_options.notes(), _progress(arguments["steps"], "step", job.prompt) as show:
