@@ -197,8 +197,13 @@ def _row(
             for pair, reference in zip(pairs, references, strict=True)
         ]
     each = len(pairs) * len(SIDES)
-    calls = {side: lambda side=side: _generate(pipe, pairs[0], side).latents for side in (None, cache)}
-    seconds = alternate({"uncached": calls[None], "cached": calls[cache]}, rounds)
+    seconds = alternate(
+        {
+            "uncached": lambda: _generate(pipe, pairs[0], None).latents,
+            "cached": lambda: _generate(pipe, pairs[0], cache).latents,
+        },
+        rounds,
+    )
     return Row(
         cache=name,
         what=_what(cache),

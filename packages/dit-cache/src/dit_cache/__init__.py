@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from dit_cache.meter.ledger import Entry, Ledger
     from dit_cache.meter.plots import plot_front
     from dit_cache.schedule import Made, Schedule, model_digest
-    from dit_cache.searcher.block_cache import search_block_cache
+    from dit_cache.searcher.block_cache import BlockCacheFound, Tried, search_block_cache
     from dit_cache.searcher.progress import Progress, Watch
     from dit_cache.searcher.searching import Front, search, search_front
 
@@ -75,6 +75,8 @@ _HOMES = {
     "search_front": "searcher.searching",
     "Front": "searcher.searching",
     "search_block_cache": "searcher.block_cache",
+    "BlockCacheFound": "searcher.block_cache",
+    "Tried": "searcher.block_cache",
     "Progress": "searcher.progress",
     "Watch": "searcher.progress",
     "VelocityCache": "engine.velocity",
@@ -139,6 +141,8 @@ __all__ = [
     "search_front",
     "Front",
     "search_block_cache",
+    "BlockCacheFound",
+    "Tried",
     "Progress",
     "Watch",
     "VelocityCache",

@@ -14,7 +14,7 @@ from dit_cache.errors import SearchError
 from dit_cache.schedule import Schedule
 from dit_cache.searcher.costs import Recording
 from dit_cache.searcher.journal import Journal
-from dit_cache.searcher.measure import Disturbed, Recorder, Run, Sample, gains, run_checked, scores
+from dit_cache.searcher.measure import Disturbed, Recorder, Run, Sample, decibels, gains, run_checked
 from dit_cache.searcher.progress import Counter
 
 
@@ -79,7 +79,8 @@ class Bench(Generic[Sample]):
             known = self.journal.known(keys)
             cost, paid = len(batch) * schedule.flops_share, known is None
             if known is None:
-                known = self.journal.put(keys, scores(self.run, batch, schedule, self._reference(batch)))
+                final = run_checked(self.run, batch, schedule.cache(), self.steps)
+                known = self.journal.put(keys, decibels(final, self._reference(batch)))
             self.counter.advance("live runs", cost, paid=paid)
             found += known
         return sum(found) / len(found)

@@ -10,10 +10,9 @@ A search costs the generations of 1 and 3, where trying every configuration woul
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +21,13 @@ from dit_cache.agent.config import ATTENTION, BLOCKS, CacheConfig
 from dit_cache.engine.blocks import BlockCache, attach
 from dit_cache.engine.finding import find_blocks
 from dit_cache.engine.policies import Always, Interval
+from dit_cache.engine.protocols import Policy
 from dit_cache.errors import SearchError
 from dit_cache.searcher.bench import names_of
 from dit_cache.searcher.block_planning import BlockRecorder, Plan, plans
+from dit_cache.searcher.measure import Sample, checked_latents, decibels
 from dit_cache.searcher.progress import Counter, Watch
 
-Sample = TypeVar("Sample")
 BlockRun = Callable[[Sequence[Sample], BlockCache], Tensor]
 
 _LONGEST = 6  # interval; published configurations have 2 to 4
@@ -164,23 +164,21 @@ class _Search(Generic[Sample]):
 
     def score(self, config: CacheConfig, samples: Sequence[Sample]) -> float:
         """Return the mean score of live runs, in dB; see `Schedule`."""
+        policy = Interval(interval=config.step_interval, start=config.step_start, end=config.step_end)
+        between = (config.block_start, config.block_end) if self.method == BLOCKS else None
         found: list[float] = []
         for batch in self._batches(samples):
             reference = self._reference(batch)
-            with self._attached(config) as cache:
-                off = (self._final(batch, cache, "live runs") - reference).flatten(1).double().norm(dim=1)
-            size = reference.flatten(1).double().norm(dim=1).clamp(min=1e-30)
-            found += [-20 * math.log10(max(float(o / s), 1e-10)) for o, s in zip(off, size, strict=True)]
+            with self._attached(policy, between) as cache:
+                found += decibels(self._final(batch, cache, "live runs"), reference)
         return sum(found) / len(found)
 
-    def _attached(self, config: CacheConfig) -> BlockCache:
-        policy = Interval(interval=config.step_interval, start=config.step_start, end=config.step_end)
-        attention = self.method == ATTENTION
+    def _attached(self, policy: Policy, between: tuple[int, int] | None = None) -> BlockCache:
         return attach(
             self.model,
             policy,
-            what="attention" if attention else "range",
-            between=None if attention else (config.block_start, config.block_end),
+            what="attention" if self.method == ATTENTION else "stack" if between is None else "range",
+            between=between,
             blocks=self.blocks,
             attention=self.attention,
             branches=self.branches,
@@ -189,7 +187,7 @@ class _Search(Generic[Sample]):
     def _reference(self, samples: Sequence[Sample]) -> Tensor:
         names = names_of(samples)
         if any(name not in self._references for name in names):
-            with attach(self.model, Always(), blocks=self.blocks, branches=self.branches) as cache:
+            with self._attached(Always()) as cache:
                 self._references.update(zip(names, self._final(samples, cache, "reference"), strict=True))
         return torch.stack([self._references[name] for name in names])
 
@@ -204,9 +202,8 @@ class _Search(Generic[Sample]):
                 f"the run called the model {len(seen)} times inside of cache.generation(); {len(wanted)} are expected: "
                 f"{self.steps} steps, and in each the branches {list(self.branches)}"
             )
-        _check_latents(final, len(samples))
         self.counter.advance(stage, len(samples))
-        return final.detach().cpu()
+        return checked_latents(final, len(samples))
 
     def _batches(self, samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
         for start in range(0, len(samples), self.batch):
@@ -235,11 +232,3 @@ def _check_speedup(speedup: float, steps: int) -> None:
             f"the speed-up is {speedup}; above 1 and up to {largest:.2f} is possible with {steps} steps, the latter "
             f"with all blocks cached and every {_LONGEST}th step computed"
         )
-
-
-def _check_latents(final: object, count: int) -> None:
-    if not isinstance(final, Tensor) or final.ndim < 2 or len(final) != count:
-        shape = list(final.shape) if isinstance(final, Tensor) else type(final).__name__
-        raise SearchError(f"the run returned {shape} for {count} samples; latents [{count}, …] are expected")
-    if not bool(torch.isfinite(final).all()):
-        raise SearchError("the run returned latents that are not finite; it has to work without a cache first")

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from dit_cache.engine.blocks import BlockCache
 from dit_cache.engine.finding import find_attention, find_blocks
-from dit_cache.engine.moment import Streams
 from dit_cache.engine.policies import Always
 from dit_cache.engine.regions import Output, Place, Stretch
 from dit_cache.engine.watched import Call, Watched
@@ -164,7 +163,8 @@ def plans(errors: Tensor, ranges: Sequence[tuple[int, int]], speedup: float, *, 
         first = (left > allowed).sum(0)  # of the steps from the start on, the first after whose hole it is reached
         index = first.clamp(max=len(at) - 1)[None]
         total = errors[back, at].cumsum(0).gather(0, index)[0]
-        costs[row] = torch.where(first < len(at), total, math.inf)
+        # A last interval that is not filled is a shorter one, with the same holes.
+        costs[row] = torch.where((interval - 1 <= first) & (first < len(at)), total, math.inf)
         ends[row], executed[row] = start + first, left.gather(0, index)[0]
     ranked, rows = (each[:count] for each in costs.sort(dim=0, stable=True))
     places = [(rank, float(ranked[rank, place]), place) for rank, place in ranked.isfinite().nonzero().tolist()]
@@ -182,7 +182,7 @@ class _Both(Stretch):
 
     def leave(self, output: Any) -> None:
         """See `Stretch`."""
-        self.value: Streams | None = (*(tensor.neg() for tensor in self._negative), *self.layout.unpack(output))
+        self.value = (*(tensor.neg() for tensor in self._negative), *self.layout.unpack(output))
         self._negative = ()
         if self.keep is not None:
             self.keep(self)

@@ -26,7 +26,6 @@ from torch import Tensor
 from dit_cache.engine.policies import Always
 from dit_cache.engine.velocity import VelocityCache
 from dit_cache.errors import SearchError
-from dit_cache.schedule import Schedule
 
 Sample = TypeVar("Sample")
 Run = Callable[[Sequence[Sample], VelocityCache], Tensor]
@@ -101,11 +100,18 @@ def run_checked(run: Run[Sample], samples: Sequence[Sample], cache: VelocityCach
             f"the run asked for {evaluations} velocities; {steps} are expected, one for each sigma: guidance belongs "
             "inside of what is handed to cache.velocity"
         )
-    if not isinstance(final, Tensor) or final.ndim < 2 or len(final) != len(samples):
+    return checked_latents(final, len(samples))
+
+
+def checked_latents(final: object, count: int) -> Tensor:
+    """Return the final latents of a run on the CPU.
+
+    Raises:
+        SearchError: they are not what a run of so many samples returns, or not finite.
+    """
+    if not isinstance(final, Tensor) or final.ndim < 2 or len(final) != count:
         shape = list(final.shape) if isinstance(final, Tensor) else type(final).__name__
-        raise SearchError(
-            f"the run returned {shape} for {len(samples)} samples; latents [{len(samples)}, …] are expected"
-        )
+        raise SearchError(f"the run returned {shape} for {count} samples; latents [{count}, …] are expected")
     if not bool(torch.isfinite(final).all()):
         raise SearchError("the run returned latents that are not finite; it has to work without a cache first")
     return final.detach().cpu()
@@ -125,9 +131,8 @@ def gains(final: Tensor, reference: Tensor, disturbed: Disturbed, width: float) 
     return [float(m / p) if p > 0 else 0.0 for m, p in zip(moved, put, strict=True)]
 
 
-def scores(run: Run[Sample], samples: Sequence[Sample], schedule: Schedule, reference: Tensor) -> list[float]:
-    """Return −20·log10(‖x − x_ref‖ / ‖x_ref‖) in dB of each sample, run with a schedule; at most 200."""
-    final = run_checked(run, samples, schedule.cache(), len(schedule.plan))
+def decibels(final: Tensor, reference: Tensor) -> list[float]:
+    """Return −20·log10(‖x − x_ref‖ / ‖x_ref‖) in dB of each sample; at most 200."""
     off = (final - reference).flatten(1).double().norm(dim=1)
     size = reference.flatten(1).double().norm(dim=1).clamp(min=1e-30)
     return [-20 * math.log10(max(float(o / s), 1e-10)) for o, s in zip(off, size, strict=True)]
