@@ -24,7 +24,9 @@ def nothing():
     return None
 
 
-def failing():
+def failing(kind=0):
+    if kind:
+        raise ValueError("no such kind")
     raise ZeroDivisionError
 """
 
@@ -56,7 +58,7 @@ def test_a_schedule_is_found_written_and_shown(folder: Path, capsys: pytest.Capt
 
 
 def test_settings_reach_the_problem(folder: Path) -> None:
-    assert found(folder, "--budget", "0.5", "--output", "s.json", "--set", "steps=8", "count=2") == 0
+    assert found(folder, "--budget", "0.5", "--output", "s.json", "--set", "steps=8", "--set", "count=2") == 0
     schedule = Schedule.load("s.json")
     assert len(schedule.plan) == 8
     assert len(schedule.calibration) == 2
@@ -88,6 +90,7 @@ def test_nothing_is_overwritten_unasked(folder: Path, capsys: pytest.CaptureFixt
         ("problem", ("--set", "steps"), "no NAME=VALUE"),
         ("problem", ("--set", "count=0"), "batch is 0"),
         ("problem", ("--set", "stepz=3"), "stepz"),
+        ("failing", ("--set", "kind=1"), "refuses: no such kind"),
     ],
 )
 def test_bad_input(

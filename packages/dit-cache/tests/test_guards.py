@@ -108,9 +108,9 @@ def test_extra_steps_are_bounded() -> None:
 
 def test_a_change_is_relative_to_the_value_before() -> None:
     """Just inside and just outside of the bounds."""
-    before, generator = torch.randn(3, 4), torch.Generator().manual_seed(1)
-    direction = torch.randn(3, 4, generator=generator)
-    direction *= before.norm() / direction.norm()
+    generator = torch.Generator().manual_seed(1)
+    before, direction = torch.randn(2, 3, 4, generator=generator)
+    direction *= before.norm(dim=1, keepdim=True) / direction.norm(dim=1, keepdim=True)
     for change, expected in ((0.199, None), (0.201, "outside the calibrated range"), (0.101, None), (0.099, "outside")):
         guard = copy.deepcopy(Envelope(bounds={3: (0.1, 0.2)}))
         guard.computed(moment(0), NOTHING, (before,))
@@ -118,6 +118,15 @@ def test_a_change_is_relative_to_the_value_before() -> None:
         got = guard.overrule(moment(4), NOTHING, skipped=0)
         assert got is None if expected is None else str(got).startswith(expected)
         assert guard.overrule(moment(5), NOTHING, skipped=0) is None  # one alarm, one step
+
+
+def test_one_strange_sample_of_a_batch_is_enough() -> None:
+    guard = copy.deepcopy(Envelope(bounds={3: (0.1, 0.2)}))
+    guard.computed(moment(0), NOTHING, (torch.ones(8, 5),))
+    now = 1.15 * torch.ones(8, 5)
+    now[3] = 1.5
+    guard.computed(moment(3), NOTHING, (now,))
+    assert guard.overrule(moment(4), NOTHING, skipped=0) is not None
 
 
 def test_what_is_compared_is_a_copy() -> None:

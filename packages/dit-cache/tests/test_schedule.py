@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from dit_cache import CacheWarning, Made, Schedule, ScheduleError, ScheduleMismatch, model_digest
+from dit_cache import CacheWarning, GenerationError, Made, Schedule, ScheduleError, ScheduleMismatch, model_digest
 
 SIGMAS = (1.0, 0.9, 0.75, 0.5, 0.2)
 
@@ -23,7 +23,7 @@ def schedule() -> Schedule:
         plan="CCfC1",
         sigmas=SIGMAS,
         fitted={2: {0: -0.5, 1: 1.5}},
-        made=Made(model="sha256:1", solver="unipc", shift=5.0, guidance=5.0),
+        made=Made(model="sha256:1", solver="unipc", shift=5.0, guidance=5.0, settings={"frames": 81}),
         calibration=('["a", 1]',),
         validation=('["b", 2]',),
         score=40.5,
@@ -60,6 +60,9 @@ def test_nothing_is_overwritten_unasked(schedule: Schedule, tmp_path: Path) -> N
         ({"fitted": {"2": {"1": float("nan")}}}, "not for the last computed"),
         ({"made": {"modle": "x"}}, "damaged"),
         ({"calibration": None}, "damaged"),
+        ({"calibration": "abc"}, "damaged"),
+        ({"score": "high"}, "damaged"),
+        ({"errors": {"2": "much"}}, "damaged"),
     ],
 )
 def test_files_that_are_no_schedule(schedule: Schedule, tmp_path: Path, change: dict[str, object], words: str) -> None:
@@ -89,7 +92,7 @@ def test_another_model_is_refused(schedule: Schedule) -> None:
         schedule.adapted(SIGMAS, replace(schedule.made, model="sha256:2"))
 
 
-@pytest.mark.parametrize("change", [{"solver": "euler"}, {"guidance": 3.0}])
+@pytest.mark.parametrize("change", [{"solver": "euler"}, {"guidance": 3.0}, {"settings": {"frames": 5}}])
 def test_another_solver_or_guidance_warns(schedule: Schedule, change: dict[str, Any]) -> None:
     with pytest.warns(CacheWarning, match=next(iter(change))):
         assert schedule.adapted(SIGMAS, replace(schedule.made, **change)) is schedule
@@ -104,6 +107,26 @@ def test_other_steps_are_derived_with_a_warning(schedule: Schedule, steps: int) 
     assert len(derived.computed) == max(1, round(0.6 * steps))
     assert derived.score is None
     assert not derived.fitted
+
+
+def test_a_cache_runs_no_generation_that_it_was_not_made_for(schedule: Schedule) -> None:
+    for legal in (SIGMAS, (*SIGMAS, 0.0), (*SIGMAS, 0.01), len(SIGMAS)):
+        with schedule.cache().generation(legal):
+            pass
+    for other in (SIGMAS[:4], [level - 0.05 for level in SIGMAS], 6):
+        with pytest.raises(GenerationError, match="adapted"), schedule.cache().generation(other):
+            raise AssertionError
+
+
+def test_steps_are_added_only_where_it_is_known_what_is_usual(schedule: Schedule) -> None:
+    with pytest.raises(ScheduleError, match="from 4 calibration samples on, this schedule has 1"):
+        schedule.cache(extra=1)
+
+
+def test_a_derived_schedule_repeats_values(schedule: Schedule) -> None:
+    """Polynomials through values far apart leave the video; what was computed last does not."""
+    with pytest.warns(CacheWarning, match="derived"):
+        assert set(schedule.adapted([1.0, 0.8, 0.6, 0.4, 0.2, 0.1]).plan) == {"C", "0"}
 
 
 def test_what_is_derived_is_as_dense_over_sigma() -> None:

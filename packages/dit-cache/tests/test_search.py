@@ -133,14 +133,50 @@ def test_an_interrupted_search_goes_on_where_it_stopped(flow: ToyFlow, tmp_path:
     flow.evaluations, journal = 0, tmp_path / "search.journal"
     with pytest.raises(KeyboardInterrupt):
         search(**arguments(flow, budget=0.5, batch=1, journal=journal, watch=watch))
-    with journal.open("a") as file:
-        file.write('["score CCC')  # a line that was being written
+    if journal.exists():
+        with journal.open("a") as file:
+            file.write('["score CCC')  # a line that was being written
     assert search(**arguments(flow, budget=0.5, batch=1, journal=journal)) == whole
     # A recording that was cut, and the references, are made again.
     assert flow.evaluations <= needed + 12 * 12
     flow.evaluations = 0
     assert search(**arguments(flow, budget=0.5, batch=1, journal=journal)) == whole
     assert flow.evaluations == 0
+
+
+@pytest.mark.parametrize("left", [0, 1, 40, "header", "line"])
+def test_a_journal_cut_anywhere_is_gone_on_with(flow: ToyFlow, tmp_path: Path, left: int | str) -> None:
+    journal = tmp_path / "search.journal"
+    whole = search(**arguments(flow, budget=0.5, journal=journal))
+    text = journal.read_bytes()
+    header = text.index(b"\n")
+    kept = left if isinstance(left, int) else {"header": header, "line": header + 30}[left]
+    journal.write_bytes(text[:kept])
+    for _ in range(2):
+        assert search(**arguments(flow, budget=0.5, journal=journal)) == whole
+    assert journal.read_bytes().count(b"\n") == text.count(b"\n")
+
+
+def test_what_else_decides_belongs_to_the_journal(flow: ToyFlow, tmp_path: Path) -> None:
+    journal = tmp_path / "search.journal"
+    search(**arguments(flow, budget=0.5, journal=journal, about={"size": 64}))
+    with pytest.raises(SearchError, match="size"):
+        search(**arguments(flow, budget=0.5, journal=journal, about={"size": 32}))
+
+
+def test_nothing_is_left_of_a_search_that_was_refused(flow: ToyFlow, tmp_path: Path) -> None:
+    with pytest.raises(SearchError):
+        search(**arguments(flow, budget=7.0, journal=tmp_path / "search.journal"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_may_return_the_tensor_that_it_works_in(flow: ToyFlow) -> None:
+    buffer = torch.zeros(4, *SHAPE)
+
+    def run(some: list[tuple[str, int]], cache: VelocityCache) -> Tensor:
+        return buffer.copy_(flow.run(some, cache))
+
+    assert search(**arguments(flow, budget=0.5, run=run)) == search(**arguments(flow, budget=0.5))
 
 
 def test_the_journal_of_another_search_is_refused(flow: ToyFlow, tmp_path: Path) -> None:

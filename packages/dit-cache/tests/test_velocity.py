@@ -281,7 +281,7 @@ def test_bytes_are_those_that_were_announced(
 ) -> None:
     cache = VelocityCache(Interval(interval=2), predictor=predictor, store=store)
     peak = 0
-    with cache.generation(STEPS):
+    with cache.generation([1 - step / STEPS for step in range(STEPS)]):
         for step in range(STEPS):
             for branch in branches:
                 latents = torch.full(SHAPE, float(step), dtype=dtype)
@@ -301,12 +301,26 @@ def test_wan_14b_takes_megabytes(predictor: Predictor, tensors: int) -> None:
     cache, peak = VelocityCache(Interval(interval=2), predictor=predictor), 0
     with FakeTensorMode():
         latents = torch.empty(shape)
-        with cache.generation(50):
+        with cache.generation([1 - step / 50 for step in range(50)]):
             for _ in range(50):
                 latents = latents + cache.velocity(lambda: torch.empty(shape), latents)
                 peak = max(peak, cache.bytes_held)
     assert peak == cache.bytes_for(shape) == tensors * 4 * 16 * 21 * 90 * 160
     assert peak < tensors * 20e6
+
+
+def test_latents_of_another_shape_are_refused_within_a_generation() -> None:
+    cache = VelocityCache(Static([0]))
+    with cache.generation(4):
+        cache.velocity(lambda: torch.ones(1, 3), torch.ones(1, 3))
+        with pytest.raises(GenerationError, match=r"\[2, 3\], they were \[1, 3\]"):
+            cache.velocity(lambda: torch.ones(2, 3), torch.ones(2, 3))
+
+
+def test_a_velocity_is_a_tensor() -> None:
+    cache = VelocityCache(Static([0]))
+    with cache.generation(4), pytest.raises(ParametersInvalid, match="tuple"):
+        cache.velocity(lambda: (torch.ones(1),), torch.ones(1))  # type: ignore[arg-type, return-value]
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
@@ -447,7 +461,7 @@ def test_shapes_and_step_counts_change_between_generations(policy: Policy) -> No
     for shape in ((1, 4, 6), (2, 4, 8), (1, 1, 6)):
         wanted = Model(shape=shape).run(VelocityCache(policy, predictor=Secant()))
         assert torch.equal(Model(shape=shape).run(cache), wanted)
-    with cache.generation(3):
+    with cache.generation([1.0, 0.6, 0.3]):
         for _ in range(2):  # fewer than announced
             cache.velocity(lambda: torch.ones(2), torch.ones(2), signal=lambda: torch.ones(2))
     assert cache.bytes_held == 0

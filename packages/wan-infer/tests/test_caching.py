@@ -15,7 +15,7 @@ import torch
 from commanding import QUICK, VIDEO, fails, left
 from torch import Tensor, nn
 
-from dit_cache import CacheConfig, CacheWarning, Schedule, Static, VelocityCache
+from dit_cache import CacheConfig, CacheWarning, Schedule, Static, TeaCache, VelocityCache
 from wan_infer import WanPipeline, wan_mini
 from wan_infer.caching import SIDES, made_of, problem
 from wan_infer.cli import main
@@ -177,6 +177,24 @@ def test_a_range_of_blocks_is_computed_as_the_rule_says(pipe: WanPipeline, refer
     assert torch.equal(pipe(**ASKED).latents, reference)
 
 
+def test_a_config_that_leaves_nothing_out_computes_everything(pipe: WanPipeline, reference: Tensor) -> None:
+    for config in (
+        CacheConfig("dit_block_cache", DEPTH, STEPS, step_interval=2, block_start=1, block_end=1),
+        CacheConfig("attention_cache", DEPTH, STEPS, step_start=STEPS, step_interval=2),
+    ):
+        assert torch.equal(pipe(**ASKED, cache=config).latents, reference)
+
+
+def test_a_policy_that_looks_at_the_timestep_is_refused(pipe: WanPipeline) -> None:
+    with pytest.raises(RequestError, match="TeaCache looks at the timestep"):
+        pipe(**ASKED, cache=VelocityCache(TeaCache(0.1)))
+
+
+def test_a_schedule_for_other_frames_is_said_to_be(pipe: WanPipeline) -> None:
+    with pytest.warns(CacheWarning, match="frames"):
+        pipe(**{**ASKED, "frames": 9}, cache=schedule(pipe, "CC1CC1C1"))
+
+
 def test_a_config_for_another_depth_is_refused(pipe: WanPipeline) -> None:
     with pytest.raises(RequestError, match="30 blocks and 8 steps; this model has 6, this run 8"):
         pipe(**ASKED, cache=CacheConfig("attention_cache", 30, STEPS, step_start=1, step_interval=2))
@@ -212,6 +230,10 @@ class TestCommand:
         assert main([*VIDEO, *flags]) == 0
         record = json.loads((folder / "out.mp4.json").read_text())
         assert record["cache"] == {"start_step": 0, "attentioncache_interval": 2, "end_step": 37}
+
+    def test_numbers_that_leave_nothing_out_are_told(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main([*VIDEO, "--use_attentioncache"]) == 0
+        assert "leaves out nothing of 2" in capsys.readouterr().err
 
     def test_auto(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main([*VIDEO, "--cache", "auto:0.5"]) == 0

@@ -34,7 +34,13 @@ def build_parser() -> argparse.ArgumentParser:
     find.add_argument("problem", metavar="PROBLEM", help=_PROBLEM)
     find.add_argument("--budget", required=True, type=_budget, help="share of the steps that is computed, or all")
     find.add_argument("--output", required=True, type=Path, help="the schedule, a .json; with --budget all, a folder")
-    find.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="arguments of the function, as JSON")
+    find.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an argument of the function, as JSON; again for more",
+    )
     find.add_argument(
         "--predictor", choices=("best", "fitted", "taylor", "reuse"), default="best", help="default: best"
     )
@@ -70,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _search(options: argparse.Namespace) -> None:
     output: Path = options.output
+    if options.budget is not None and output.is_dir():
+        raise SearchError(f"{output} is a folder; name a file, such as {output / 'schedule.json'}")
     if output.exists() and not options.overwrite:
         raise SearchError(f"{output} exists; name another, or say --overwrite")
     journal = options.journal or output.with_name(output.name + ".journal")
@@ -77,31 +85,34 @@ def _search(options: argparse.Namespace) -> None:
         **_problem(options.problem, options.set),
         "predictor": options.predictor,
         "journal": journal,
-        "watch": _Shown(),
+        "about": {"problem": options.problem, "set": sorted(options.set)},
+        "watch": (shown := _Shown()),
     }
     if options.trials is not None:
         arguments["trials"] = options.trials
     if options.budget is None:
-        _search_all(output, arguments)
+        _search_all(output, arguments, shown)
     else:
-        _search_one(output, options.budget, arguments)
+        _search_one(output, options.budget, arguments, shown)
     print(f"written to {output}", file=sys.stderr)
     if options.journal is None:
-        journal.unlink()
+        journal.unlink(missing_ok=True)
 
 
-def _search_one(output: Path, budget: float, arguments: dict[str, Any]) -> None:
+def _search_one(output: Path, budget: float, arguments: dict[str, Any], shown: _Shown) -> None:
     from dit_cache import search
 
     schedule = search(**arguments, budget=budget)
+    shown.end()
     schedule.save(output, overwrite=True)  # whether it may is asked before the search
     print(_text(schedule))
 
 
-def _search_all(folder: Path, arguments: dict[str, Any]) -> None:
+def _search_all(folder: Path, arguments: dict[str, Any], shown: _Shown) -> None:
     from dit_cache import plot_front, search_front
 
     front = search_front(**arguments)
+    shown.end()
     folder.mkdir(parents=True, exist_ok=True)
     for schedule in front.schedules:
         schedule.save(folder / f"schedule-{schedule.flops_share:.3f}.json", overwrite=True)
@@ -156,7 +167,10 @@ def _problem(target: str, settings: Sequence[str]) -> dict[str, Any]:
         inspect.signature(made).bind(**given)
     except TypeError as error:
         raise SearchError(f"{target} does not take what --set gives: {error}") from error
-    arguments = made(**given)
+    try:
+        arguments = made(**given)
+    except (ValueError, OSError) as error:
+        raise SearchError(f"{target} refuses: {error}") from error
     if not isinstance(arguments, dict) or not {"run", "sigmas", "calibration", "validation"} <= set(arguments):
         raise SearchError(f"{target} did not return the arguments of a search; expected: {_PROBLEM}")
     return arguments
@@ -175,7 +189,10 @@ def _setting(text: str) -> tuple[str, Any]:
 def _budget(text: str) -> float | None:
     if text == "all":
         return None
-    share = float(text)
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
     if not 0 < share <= 1:
         raise argparse.ArgumentTypeError(f"{text} is no share of the steps in (0, 1]; or say all")
     return share
@@ -197,6 +214,11 @@ class _Shown:
             left = "" if progress.eta is None else f", {progress.eta:.0f} s left"
             text = f"{progress.stage}: {progress.done:.0f} of up to {progress.total:.0f}{left}"
             print(f"\r{text:<78}", end="", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Leave the line of the progress."""
+        if self._last:
+            print(file=sys.stderr)
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {"search": _search, "show": _show}

@@ -8,6 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from dit_cache.engine.guards import Envelope
 from dit_cache.engine.policies import Static
 from dit_cache.engine.predictors import Planned
 from dit_cache.engine.velocity import VelocityCache
-from dit_cache.errors import CacheWarning, ScheduleError, ScheduleMismatch
+from dit_cache.errors import CacheWarning, GenerationError, ScheduleError, ScheduleMismatch
 
 FORMAT, VERSION = "dit-cache schedule", 1
 COMPUTED, FITTED = "C", "f"
+_UNKNOWN: tuple[object, ...] = ("", None, {})
+_ENOUGH = 4  # calibration samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +37,14 @@ class Made:
         solver: its name.
         shift: of the noise levels, for the reader: what counts are the levels themselves.
         guidance: scale of the guidance.
+        settings: whatever else is part of it, such as the size of a video; JSON.
     """
 
     model: str = ""
     solver: str = ""
     shift: float | None = None
     guidance: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +60,9 @@ class Schedule:
         calibration, validation: the samples it was found with, and those it was chosen with.
         calibration_score, score: mean of −20·log10(‖x − x_ref‖/‖x_ref‖) in dB over the final latents, x_ref being
             those of the uncached run; on calibration and on validation. None where it was not measured.
-        envelope: computed step → lowest and highest relative change since the computed step before, in calibration.
+        envelope: computed step → (low, high): mean ± 3 standard deviations over the calibration samples of the relative
+            change since the computed step before.
+        errors: hole → relative error of its prediction, root mean square over the recorded calibration samples.
     """
 
     plan: str
@@ -67,6 +74,7 @@ class Schedule:
     calibration_score: float | None = None
     score: float | None = None
     envelope: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    errors: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if problem := _problem(self):
@@ -88,15 +96,23 @@ class Schedule:
         orders = {step: int(kind) for step, kind in enumerate(self.plan) if kind.isdigit()}
         return Planned(orders=orders, fitted=self.fitted)
 
-    def cache(self, *, extra: int = 0, **options: Any) -> VelocityCache:
+    def cache(self, *, extra: int = 0, **options: Any) -> ScheduleCache:
         """Return a cache that follows this schedule.
 
         Args:
-            extra: steps that the `Envelope` guard may add where a sample behaves as none did in calibration.
+            extra: steps that the `Envelope` guard may add where a sample changes as hardly any did in calibration.
             options: `store`, `group` and `measure` of the cache.
+
+        Raises:
+            ScheduleError: steps may be added, but there were too few samples to know what is usual.
         """
-        guards = (Envelope(bounds=self.envelope, extra=extra),) if extra and self.envelope else ()
-        return VelocityCache(Static(self.computed), predictor=self.predictor, guards=guards, **options)
+        if extra and len(self.calibration) < _ENOUGH:
+            raise ScheduleError(
+                f"extra is {extra}; what is usual is known from {_ENOUGH} calibration samples on, this schedule has "
+                f"{len(self.calibration)}"
+            )
+        guards = (Envelope(bounds=self.envelope, extra=extra),) if extra else ()
+        return ScheduleCache(self, guards=guards, **options)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write it as JSON.
@@ -132,11 +148,12 @@ class Schedule:
                 sigmas=tuple(map(float, record["sigmas"])),
                 fitted={int(h): {int(s): float(w) for s, w in f.items()} for h, f in record["fitted"].items()},
                 made=Made(**record["made"]),
-                calibration=tuple(record["calibration"]),
-                validation=tuple(record["validation"]),
-                calibration_score=record["calibration_score"],
-                score=record["score"],
+                calibration=_texts(record["calibration"]),
+                validation=_texts(record["validation"]),
+                calibration_score=_number(record["calibration_score"]),
+                score=_number(record["score"]),
                 envelope={int(step): (float(low), float(high)) for step, (low, high) in record["envelope"].items()},
+                errors={int(step): float(error) for step, error in record["errors"].items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, ScheduleError):
@@ -146,8 +163,9 @@ class Schedule:
     def adapted(self, sigmas: Sequence[float], made: Made | None = None) -> Schedule:
         """Return this schedule for a run, or one derived from it where the noise levels are others.
 
-        Derived means: as dense over σ as this one, the same share of steps computed, lines through the last two values
-        in the holes. It was not verified, and a warning says so; so does one where solver or guidance are others.
+        Derived means: as dense over σ as this one, the same share of steps computed, the last value repeated in the
+        holes, which is never far off. It was not verified, and a warning says so; so does one where solver, guidance
+        or other settings differ.
 
         Args:
             sigmas: noise levels of the steps, with or without the final 0.
@@ -162,15 +180,22 @@ class Schedule:
                 f"the schedule was found for the model {self.made.model}, this one is {wanted.model}; schedules do not "
                 "carry over: search one for this model"
             )
-        for name in ("solver", "guidance"):
+        for name in ("solver", "guidance", "settings"):
             ours, theirs = getattr(self.made, name), getattr(wanted, name)
-            if ours not in ("", None) and theirs not in ("", None) and ours != theirs:
+            if ours not in _UNKNOWN and theirs not in _UNKNOWN and json.dumps(ours) != json.dumps(theirs):
                 _warn(f"the schedule was found for {name} {ours}, this run has {theirs}; its score does not hold here")
+        if self.fits(sigmas):
+            return self
         levels = tuple(float(level) for level in sigmas)
         levels = levels[:-1] if len(levels) > 1 and levels[-1] == 0 else levels
-        if len(levels) == len(self.sigmas) and all(map(_near, levels, self.sigmas)):
-            return self
+        if not levels or not all(map(math.isfinite, levels)) or len(set(levels)) < len(levels):
+            raise ScheduleError(f"sigmas are {list(levels)}; one is needed at least, all finite and different")
         return self._derived(levels)
+
+    def fits(self, sigmas: Sequence[float]) -> bool:
+        """Whether these are the noise levels of this schedule, with or without that of the end."""
+        extra = len(sigmas) - len(self.sigmas)
+        return extra in (0, 1) and all(map(_near, sigmas, self.sigmas))
 
     def _derived(self, levels: tuple[float, ...]) -> Schedule:
         _warn(
@@ -179,8 +204,30 @@ class Schedule:
             "not verified: search again for these steps"
         )
         computed = _spread([self.sigmas[step] for step in self.computed], levels, self.flops_share)
-        plan = "".join(COMPUTED if step in computed else "1" for step in range(len(levels)))
-        return replace(self, plan=plan, sigmas=levels, fitted={}, envelope={}, calibration_score=None, score=None)
+        plan = "".join(COMPUTED if step in computed else "0" for step in range(len(levels)))
+        return replace(
+            self, plan=plan, sigmas=levels, fitted={}, envelope={}, errors={}, calibration_score=None, score=None
+        )
+
+
+class ScheduleCache(VelocityCache):
+    """Follows a schedule, in generations with the levels that it was made for and in no other."""
+
+    def __init__(self, schedule: Schedule, **options: Any) -> None:
+        super().__init__(Static(schedule.computed), predictor=schedule.predictor, **options)
+        self.schedule = schedule
+        self.expected = schedule.errors
+
+    def _open(self, sigmas: Sequence[float] | int) -> None:
+        if isinstance(sigmas, int):
+            sigmas = self.schedule.sigmas if sigmas == len(self.schedule.sigmas) else tuple(map(float, range(sigmas)))
+        if not self.schedule.fits(sigmas):
+            raise GenerationError(
+                f"the schedule is for {len(self.schedule.sigmas)} steps from {self.schedule.sigmas[0]:.4f} to "
+                f"{self.schedule.sigmas[-1]:.4f}, this generation has other levels; schedule.adapted(sigmas).cache() "
+                "derives one for them"
+            )
+        super()._open(self.schedule.sigmas)
 
 
 def model_digest(*models: nn.Module) -> str:
@@ -200,14 +247,15 @@ def model_digest(*models: nn.Module) -> str:
 
 def write_text(target: Path, text: str) -> None:
     """Write a file under a temporary name beside it, and rename it when it is complete."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = target.parent / f".{target.name}.{os.getpid()}.partial"
     try:
         partial.write_text(text, encoding="utf-8", newline="\n")
         partial.replace(target)
     except OSError as error:
         raise ScheduleError(f"{target} cannot be written: {error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _spread(old: Sequence[float], levels: Sequence[float], share: float) -> set[int]:
@@ -240,6 +288,16 @@ def _problem(schedule: Schedule) -> str | None:
         if not weights or sorted(weights) != earlier[-len(weights) :] or not all(map(math.isfinite, weights.values())):
             return f"the weights of step {hole} are for the steps {sorted(weights)}, not for the last computed ones"
     return None
+
+
+def _texts(given: Any) -> tuple[str, ...]:
+    if not isinstance(given, list) or not all(isinstance(each, str) for each in given):
+        raise TypeError(f"{given!r} is no list of samples")
+    return tuple(given)
+
+
+def _number(given: Any) -> float | None:
+    return None if given is None else float(given)
 
 
 def _near(one: float, other: float) -> bool:

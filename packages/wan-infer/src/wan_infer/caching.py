@@ -115,7 +115,7 @@ def cached(
         RequestError: it does not fit this model or these steps.
     """
     with ExitStack() as stack:
-        if cache is None:
+        if cache is None or (isinstance(cache, CacheConfig) and _checked(cache).idle):
             yield Uncached()
         elif isinstance(cache, CacheConfig):
             blocks = stack.enter_context(_attached(cache, transformer, len(sigmas) - 1))
@@ -135,6 +135,8 @@ def read_wish(wish: CacheWish) -> Cache | float | None:
     Raises:
         RequestError: it is no share, or there is no such file, or that is no schedule.
     """
+    if isinstance(wish, VelocityCache) and "signal" in wish.policy.needs:
+        raise RequestError(f"{type(wish.policy).__name__} looks at the timestep, which is not seen here; take another")
     if not isinstance(wish, str | Path):
         return wish
     if not str(wish).startswith(_AUTO):
@@ -157,15 +159,20 @@ def attention_cache(blocks: int, steps: int, *, start: int, interval: int, end: 
         RequestError: the numbers are not possible.
     """
     config = CacheConfig("attention_cache", blocks, steps, step_start=start, step_interval=interval, step_end=end)
-    with _explained():
-        CacheAgent(config)
+    _checked(config)
     return config
 
 
 def made_of(transformer: WanTransformer, settings: Settings) -> Made:
     """Return what a run is, in the words of a schedule."""
     digest = model_digest(transformer)
-    return Made(model=digest, solver=settings.solver, shift=settings.shift, guidance=settings.guidance)
+    return Made(
+        model=digest,
+        solver=settings.solver,
+        shift=settings.shift,
+        guidance=settings.guidance,
+        settings={"size": list(settings.size), "frames": settings.frames},
+    )
 
 
 def problem(
@@ -236,7 +243,7 @@ def searched(pipe: WanPipeline, settings: Settings, share: float, *, watch: OnSe
         folder.mkdir(parents=True, exist_ok=True)
         journal = file.with_suffix(".journal")
         found = search(**arguments, budget=share, trials=0, journal=journal, watch=watch)
-        found.save(file)
+        found.save(file, overwrite=True)  # another process may have been faster
     journal.unlink(missing_ok=True)
     return found
 
@@ -245,7 +252,6 @@ def _attached(config: CacheConfig, transformer: WanTransformer, steps: int) -> A
     """Attach the cache that a `CacheConfig` describes."""
     depth = len(transformer.blocks)
     with _explained():
-        CacheAgent(config)  # its checks, and their words
         if config.blocks_count != depth or config.steps_count != steps:
             raise RequestError(
                 f"the cache is for {config.blocks_count} blocks and {config.steps_count} steps; "
@@ -261,6 +267,12 @@ def _attached(config: CacheConfig, transformer: WanTransformer, steps: int) -> A
             attention="self_attn" if attention else None,
             branches=SIDES,
         )
+
+
+def _checked(config: CacheConfig) -> CacheAgent:
+    """Check a configuration, in the words of MindIE SD."""
+    with _explained():
+        return CacheAgent(config)
 
 
 @contextmanager

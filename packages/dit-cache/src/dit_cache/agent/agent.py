@@ -318,6 +318,11 @@ class CacheAgent:
         )
 
     @property
+    def idle(self) -> bool:
+        """Whether the configuration leaves nothing out: functions are called as if there were no agent."""
+        return self._bypassed
+
+    @property
     def bytes_held(self) -> int:
         """Bytes of the tensors that are kept at this moment."""
         return sum(

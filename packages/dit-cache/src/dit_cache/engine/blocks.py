@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -351,6 +352,7 @@ class BlockCache(Cache):
         keys = {place.key for place in watched.places}
         for key in call.side.memories.keys() - keys:  # of another model, which is not called again in this generation
             del call.side.memories[key]
+            call.side.policy = copy.deepcopy(self.policy)  # what it saw was that one
         memories = [self._memory(call.side, place.key) for place in watched.places]
         ready = all(len(memory) > 0 for memory in memories)
         call.decision = self._decide(call.at, call.side, call.seen, ready=ready, device=device)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from dit_cache.engine.moment import Decision, Evidence, Moment, Streams
-from dit_cache.engine.predictors import Reuse
+from dit_cache.engine.predictors import Reuse, Secant
 from dit_cache.engine.protocols import Guard, Policy, Predictor, Store
 from dit_cache.engine.store import Keep, Memory
 from dit_cache.errors import ConfigError, GenerationError
@@ -31,6 +31,7 @@ class _Branch:
     policy: Policy
     guards: tuple[Guard, ...]
     memories: dict[str, Memory] = field(default_factory=dict)  # by the place where the value belongs
+    shape: torch.Size | None = None  # of the latents
     steps_done: int = 0
     skipped: int = 0  # holes in a row
 
@@ -88,7 +89,7 @@ class Cache:
         """One generation: nothing is carried into it, and nothing is kept after it but the ledger.
 
         Args:
-            sigmas: noise levels of the steps, or of the steps and the end; or the number of steps.
+            sigmas: noise levels of the steps, with or without a final 0; or the number of steps.
 
         Raises:
             GenerationError: the last one has not ended: caches are not shared by generations at the same time.
@@ -109,6 +110,8 @@ class Cache:
     def _open(self, sigmas: Sequence[float] | int) -> None:
         if self._times is not None:
             raise GenerationError("a generation is going on in this cache; end it first, or make a cache for each")
+        if isinstance(sigmas, int) and isinstance(self.predictor, Secant):
+            raise ConfigError(f"sigmas are {sigmas}; Secant needs the noise levels themselves, not their number")
         times = tuple(map(float, range(sigmas) if isinstance(sigmas, int) else sigmas))
         times = times[:-1] if len(times) > 1 and not isinstance(sigmas, int) and times[-1] == 0 else times
         if not times or len(set(times)) < len(times) or not all(map(math.isfinite, times)):
@@ -166,7 +169,15 @@ class Cache:
         compute = bool(flag.item())
         return decision if compute == decision.compute else Decision(compute, "agreed", decision.indicator)
 
-    def _note(self, at: Moment, branch: _Branch, decision: Decision, *, realised: float | None = None) -> None:
+    def _note(
+        self,
+        at: Moment,
+        branch: _Branch,
+        decision: Decision,
+        *,
+        predicted: float | None = None,
+        realised: float | None = None,
+    ) -> None:
         """Write down what was done, once the value is there: an evaluation that failed was never done."""
         branch.steps_done = at.step + 1
         branch.skipped = 0 if decision.compute else branch.skipped + 1
@@ -177,7 +188,7 @@ class Cache:
                 computed=decision.compute,
                 reason=decision.reason,
                 indicator=decision.indicator,
-                predicted_error=None,
+                predicted_error=predicted,
                 realised_error=realised,
             )
         )

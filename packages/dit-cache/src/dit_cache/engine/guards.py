@@ -42,7 +42,8 @@ class Limits:
 class Envelope:
     """Compute the next hole after all when the value changed more, or less, than it ever did in calibration.
 
-    The change at step j is ``‖v_j − v_i‖ / ‖v_i‖``, where i is the step with bounds before it, or the first that was
+    The change of a sample at step j is ``‖v_j − v_i‖ / ‖v_i‖``; one sample of a batch is enough.
+    Here where i is the step with bounds before it, or the first that was
     computed. Looking at it waits for the device once for each step with bounds. It keeps a tensor of the size of the
     value in float32 for itself, which does not count as held by the cache.
 
@@ -73,6 +74,7 @@ class Envelope:
             if at.step not in self.bounds:
                 return  # a step that was added; the next change is to be over the distance of calibration
             low, high = self.bounds[at.step]
-            change = float(torch.linalg.vector_norm(now - self._before) / torch.linalg.vector_norm(self._before))
-            self._alarm = not low <= change <= high
+            before, change = (each.reshape(len(each), -1) for each in (self._before, now - self._before))
+            relative = torch.linalg.vector_norm(change, dim=1) / torch.linalg.vector_norm(before, dim=1)
+            self._alarm = not bool(((relative >= low) & (relative <= high)).all())
         self._before = now.clone()

@@ -100,7 +100,8 @@ class Planned:
 
     Args:
         orders: step of a hole → degree of the polynomial there; 1 where it is not named.
-        fitted: step of a hole → (computed step → weight); in force where these steps are what is kept, else the order.
+        fitted: step of a hole → (computed step → weight); in force where these steps are what is kept, else the last
+            value is repeated.
     """
 
     orders: Mapping[int, int] = field(default_factory=dict)
@@ -120,7 +121,7 @@ class Planned:
         # An extra computation, by a guard, changes what is kept: the fitted weights are then for other values.
         if fitted and steps[-len(fitted) :] == sorted(fitted):
             return Weights(tuple(fitted.get(step, 0.0) for step in steps))
-        return Taylor(self.orders.get(at.step, 1)).weights(at, kept)
+        return Taylor(self.orders.get(at.step, 0 if fitted else 1)).weights(at, kept)
 
 
 def lagrange(time: float, nodes: Sequence[float]) -> list[float]:

@@ -237,6 +237,8 @@ class _Outlet(Site):
         place = self.place
         if not place.live:
             return self.inner(*args, **kwargs)
+        if place.done and not torch.compiler.is_compiling():
+            raise ModelExecError("an attention was run twice in one call of the model; such a model cannot be cached")
         if place.skip:
             output = self._skipped()
         else:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from dit_cache.engine.cache import Cache
 from dit_cache.engine.moment import Evidence
+from dit_cache.errors import GenerationError, ParametersInvalid
 
 
 class VelocityCache(Cache):
@@ -26,6 +29,7 @@ class VelocityCache(Cache):
     """
 
     offers = frozenset({"latents", "signal"})
+    expected: Mapping[int, float] = MappingProxyType({})  # relative error of a hole, where something is known of it
 
     def velocity(
         self,
@@ -52,16 +56,24 @@ class VelocityCache(Cache):
             GenerationError: no generation is going on, or the step is not one of it.
         """
         at, side = self._moment(step, branch)
-        if part not in side.memories:
+        if side.shape not in (None, latents.shape):
+            raise GenerationError(
+                f"the latents are {list(latents.shape)}, they were {list(side.shape or ())} before in this generation"
+            )
+        side.shape = latents.shape
+        if side.memories and part not in side.memories:
             side.memories.clear()  # of another transformer, which is not called again in this generation
+            side.policy = copy.deepcopy(self.policy)  # what it saw was that one
         memory = self._memory(side, part)
         seen = Evidence(latents=latents, signal=signal)
         decision = self._decide(at, side, seen, ready=len(memory) > 0, device=latents.device)
         if not decision.compute:
             (value,) = memory.predict(at, latents=latents)
-            self._note(at, side, decision)
+            self._note(at, side, decision, predicted=self.expected.get(at.step))
             return value
         value = predict()
+        if not isinstance(value, Tensor):
+            raise ParametersInvalid(f"the velocity that was computed is a {type(value).__name__}; a tensor is expected")
         realised = None
         if self.measure and len(memory):
             realised = float(memory.error(at, (value,), latents))
@@ -71,7 +83,7 @@ class VelocityCache(Cache):
         return value
 
     def bytes_for(self, shape: Sequence[int], dtype: torch.dtype = torch.float32, *, branches: int = 1) -> int:
-        """Return the bytes that a generation will hold at its peak, exactly.
+        """Return the bytes that a generation holds at its peak, once as many steps are computed as are looked back at.
 
         Args:
             shape: of the latents, with the batch.

@@ -26,11 +26,9 @@ class Journal:
     def __init__(self, path: str | Path | None, about: Mapping[str, Any]) -> None:
         self._path = None if path is None else Path(path)
         self._known: dict[str, Any] = {}
-        header = {"format": _FORMAT, **json.loads(json.dumps(about))}
+        self._header = json.dumps({"format": _FORMAT, **about}, sort_keys=True)
         if self._path is not None and self._path.exists():
-            self._read(self._path, header)
-        elif self._path is not None:
-            self._append(json.dumps(header))
+            self._read(self._path)
 
     def known(self, keys: Sequence[str]) -> list[Any] | None:
         """Return what was measured under the keys, None unless all of them were."""
@@ -44,31 +42,43 @@ class Journal:
                 self._append(json.dumps([key, value]))
         return list(values)
 
-    def _read(self, path: Path, header: Mapping[str, Any]) -> None:
+    def _read(self, path: Path) -> None:
         try:
-            lines = path.read_text(encoding="utf-8").split("\n")
-            found = json.loads(lines[0])
-        except (OSError, ValueError) as error:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
             raise SearchError(f"{path} cannot be read as a journal of a search: {error}; name another file") from error
-        if found != header:
-            other = (
-                sorted(k for k in {*header, *found} if header.get(k) != found.get(k)) if isinstance(found, dict) else []
-            )
-            raise SearchError(
-                f"{path} is the journal of another search (different: {', '.join(other)}); "
-                "name another file, or remove it to begin anew"
-            )
-        for line in lines[1:-1]:  # the last line is empty, or was being written when the search was interrupted
-            key, value = json.loads(line)
-            self._known[key] = value
+        first, *lines = text.split("\n")
+        if not lines and self._header.startswith(first):
+            path.unlink()  # the first line was being written when the search was interrupted
+            return
+        self._compare(path, first)
+        try:
+            self._known.update(map(json.loads, lines[:-1]))  # the last is empty, or was being written
+        except ValueError as error:
+            raise SearchError(f"{path} is damaged: {error}; remove it to begin anew") from error
         if lines[-1]:
-            path.write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
+            path.write_text("\n".join((first, *lines[:-1], "")), encoding="utf-8")
+
+    def _compare(self, path: Path, first: str) -> None:
+        wanted = json.loads(self._header)
+        try:
+            found = json.loads(first)
+        except ValueError:
+            found = None
+        if found != wanted:
+            known = found if isinstance(found, dict) else {}
+            other = ", ".join(key for key in wanted if known.get(key) != wanted[key])
+            raise SearchError(
+                f"{path} is the journal of another search (different: {other}); name another file, or remove it"
+            )
 
     def _append(self, line: str) -> None:
         assert self._path is not None, "only a journal with a file is appended to"
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
+                if file.tell() == 0:
+                    file.write(self._header + "\n")
                 file.write(line + "\n")
         except OSError as error:
             raise SearchError(f"{self._path} cannot be written: {error}") from error

@@ -114,7 +114,7 @@ def checked_latents(final: object, count: int) -> Tensor:
         raise SearchError(f"the run returned {shape} for {count} samples; latents [{count}, …] are expected")
     if not bool(torch.isfinite(final).all()):
         raise SearchError("the run returned latents that are not finite; it has to work without a cache first")
-    return final.detach().cpu()
+    return final.detach().to("cpu", copy=True)  # the run may use its tensor again
 
 
 def gains(final: Tensor, reference: Tensor, disturbed: Disturbed, width: float) -> list[float]:

@@ -66,6 +66,7 @@ class Planner:
         """Return the schedule with these computed steps, its holes filled as well as the recording allows."""
         plan = [COMPUTED] * self._recording.steps
         fitted: dict[int, dict[int, float]] = {}
+        errors: dict[int, float] = {}
         for start, end in zip(computed, (*computed[1:], self._recording.steps), strict=True):
             holes = range(start + 1, end)
             if not holes:
@@ -73,9 +74,11 @@ class Planner:
             anchors = [step for step in computed if step <= start][-ANCHORS:]
             kind = min(self._possible(len(anchors)), key=lambda kind: self._gap_cost(kind, anchors, holes))
             plan[start + 1 : end] = kind * len(holes)
+            weights = hole_weights(self._recording, kind, anchors, holes)
+            errors |= self._errors(weights, anchors, holes)
             if kind == FITTED:
-                rows = hole_weights(self._recording, kind, anchors, holes).tolist()
-                fitted |= {hole: dict(zip(anchors, row, strict=True)) for hole, row in zip(holes, rows, strict=True)}
+                rows = zip(holes, weights.tolist(), strict=True)
+                fitted |= {hole: dict(zip(anchors, row, strict=True)) for hole, row in rows}
         return Schedule(
             plan="".join(plan),
             sigmas=self._blank.sigmas,
@@ -84,7 +87,16 @@ class Planner:
             calibration=self._blank.calibration,
             validation=self._blank.validation,
             envelope=_envelope(self._recording.gram, computed),
+            errors=errors,
         )
+
+    def _errors(self, weights: Tensor, anchors: Sequence[int], holes: Sequence[int]) -> dict[int, float]:
+        """Root mean square over the samples of the errors of predictions, relative to what is computed there."""
+        rows = torch.zeros(len(holes), self._recording.steps, dtype=torch.float64)
+        rows[:, anchors] = weights
+        rows[range(len(holes)), holes] -= 1
+        size = self._recording.gram.mean(0).diagonal()[list(holes)].clamp(min=1e-30)
+        return dict(zip(holes, (self._recording.norm2(rows) / size).sqrt().tolist(), strict=True))
 
     def _possible(self, anchors: int) -> list[str]:
         return [kind for kind in self._kinds if kind == FITTED or int(kind) < anchors]

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Generic, Literal, get_args
+from typing import Any, Generic, Literal, get_args
 
 from dit_cache.errors import SearchError
 from dit_cache.schedule import COMPUTED, FITTED, Made, Schedule
@@ -49,9 +49,10 @@ def search(
     every: int = 3,
     trials: int = 20,
     journal: str | Path | None = None,
+    about: Mapping[str, Any] | None = None,
     watch: Watch | None = None,
 ) -> Schedule:
-    """Return the best schedule that computes at most a share `budget` of the steps.
+    """Return the best schedule that was found with as many computed steps as a share `budget` of them pays for.
 
     Args:
         run: one generation, see :mod:`.measure`.
@@ -67,13 +68,14 @@ def search(
         every: at how many steps one is disturbed; the gains between are interpolated.
         trials: neighbours that are run live in refinement, with all calibration samples each.
         journal: a file in which measurements are kept; an interrupted search goes on from it.
+        about: what else decides about the measurements, JSON; a journal about something else is refused.
         watch: is told the cost before anything runs, then how far the search is.
 
     Raises:
         SearchError: an argument cannot be used, or the run is none.
     """
     searcher = _Searcher(
-        _bench(run, sigmas, calibration, made, batch=batch, every=every, journal=journal, watch=watch),
+        _bench(run, sigmas, calibration, made, batch=batch, every=every, journal=journal, about=about, watch=watch),
         calibration=calibration,
         validation=validation,
         predictor=predictor,
@@ -96,11 +98,12 @@ def search_front(
     every: int = 3,
     trials: int = 0,
     journal: str | Path | None = None,
+    about: Mapping[str, Any] | None = None,
     watch: Watch | None = None,
 ) -> Front:
     """Return a schedule for every budget, each scored on the validation samples; arguments as those of `search`."""
     searcher = _Searcher(
-        _bench(run, sigmas, calibration, made, batch=batch, every=every, journal=journal, watch=watch),
+        _bench(run, sigmas, calibration, made, batch=batch, every=every, journal=journal, about=about, watch=watch),
         calibration=calibration,
         validation=validation,
         predictor=predictor,
@@ -142,6 +145,7 @@ def _bench(
     batch: int,
     every: int,
     journal: str | Path | None,
+    about: Mapping[str, Any] | None,
     watch: Watch | None,
 ) -> Bench[Sample]:
     levels = [float(level) for level in sigmas]
@@ -149,8 +153,8 @@ def _bench(
         raise SearchError(f"sigmas are {levels}; falling levels of at least 2 steps, and the end, are expected")
     if batch < 1 or every < 1:
         raise SearchError(f"batch is {batch}, every is {every}; both are whole numbers from 1 on")
-    about = {"sigmas": levels, "made": vars(made or Made()), "calibration": names_of(calibration), "every": every}
-    kept = Journal(journal, about)
+    of = {"sigmas": levels, "made": asdict(made or Made()), "calibration": names_of(calibration), "every": every}
+    kept = Journal(journal, {**of, **(about or {})})
     return Bench(run=run, sigmas=levels, batch=batch, every=every, journal=kept, counter=Counter(watch=watch))
 
 

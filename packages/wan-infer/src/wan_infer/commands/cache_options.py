@@ -62,7 +62,12 @@ def arguments(options: argparse.Namespace, pipe: WanPipeline, steps: int) -> dic
 
         numbers = {name: _DEFAULTS[name] if value is None else value for name, value in _numbers(options).items()}
         start, interval, end = numbers.values()
-        return {"cache": attention_cache(pipe.config.num_layers, steps, start=start, interval=interval, end=end)}
+        cache = attention_cache(pipe.config.num_layers, steps, start=start, interval=interval, end=end)
+        if start >= steps or interval == 1 or start == end:
+            sys.stderr.write(
+                f"note: from step {start}, one in {interval}, to {end}: that leaves out nothing of {steps}\n"
+            )
+        return {"cache": cache}
     return {"cache": options.cache, "on_search": _Shown()}
 
 
