@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from toy_blocks import TOYS, WIDTH, HintToy, InPlaceToy, TextFirstToy, TextToy, Toy, counting, inputs, line, make, naive
 
-from dit_cache.engine.blocks import BlockCache, attach
+from dit_cache.engine.attaching import attach
+from dit_cache.engine.blocks import BlockCache
 from dit_cache.engine.guards import Limits
 from dit_cache.engine.moment import Decision, Evidence, Moment, Streams
 from dit_cache.engine.policies import Always, Interval, Static

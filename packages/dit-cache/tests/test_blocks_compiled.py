@@ -11,7 +11,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from toy_blocks import HintToy, InPlaceToy, TextToy, Toy, inputs, make, naive
 
-from dit_cache.engine.blocks import BlockCache, attach
+from dit_cache.engine.attaching import attach
+from dit_cache.engine.blocks import BlockCache
 from dit_cache.engine.moment import Decision
 from dit_cache.engine.policies import Always, Static
 from dit_cache.engine.predictors import Taylor

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from toy_blocks import Block, InPlaceToy, TextToy, Toy, counting, inputs, make, naive
 
-from dit_cache.engine.blocks import BlockCache, attach
+from dit_cache.engine.attaching import attach
+from dit_cache.engine.blocks import BlockCache
 from dit_cache.engine.policies import Always, Static
 from dit_cache.engine.predictors import Secant
 from dit_cache.errors import CacheWarning, ConfigError, GenerationError, ModelExecError, ParametersInvalid

@@ -52,14 +52,6 @@ def test_bytes_at_most_and_now() -> None:
     assert "at most 3.0 MiB, now 7 B" in held.report()
 
 
-def test_clear_forgets_everything() -> None:
-    held, fresh = ledger(), Ledger()
-    held.hold(9)
-    held.flops_share = 0.5
-    held.clear()
-    assert vars(held) == vars(fresh)
-
-
 def test_text() -> None:
     held = ledger()
     held.hold(100)

@@ -33,7 +33,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dit_cache.agent import CacheAgent, CacheConfig, StepCalls
-    from dit_cache.engine.blocks import BlockCache, attach
+    from dit_cache.engine.attaching import attach
+    from dit_cache.engine.blocks import BlockCache
     from dit_cache.engine.gates import TEACACHE_WAN, EasyCache, FirstBlock, TeaCache
     from dit_cache.engine.guards import Envelope, Limits
     from dit_cache.engine.magnitude import MagCache, MagCalibration, MagRatios
@@ -63,7 +64,7 @@ if TYPE_CHECKING:
     from dit_cache.meter.plots import plot_front
     from dit_cache.schedule import Made, Schedule, model_digest
     from dit_cache.searcher.block_cache import BlockCacheFound, Tried, search_block_cache
-    from dit_cache.searcher.progress import Progress, Watch
+    from dit_cache.searcher.progress import Progress, TerminalWatch, Watch
     from dit_cache.searcher.searching import Front, search, search_front
 
 # Where each public name lives; torch is imported when the first of them is used.
@@ -79,8 +80,9 @@ _HOMES = {
     "Tried": "searcher.block_cache",
     "Progress": "searcher.progress",
     "Watch": "searcher.progress",
+    "TerminalWatch": "searcher.progress",
     "VelocityCache": "engine.velocity",
-    "attach": "engine.blocks",
+    "attach": "engine.attaching",
     "BlockCache": "engine.blocks",
     "CacheConfig": "agent",
     "CacheAgent": "agent",
@@ -145,6 +147,7 @@ __all__ = [
     "Tried",
     "Progress",
     "Watch",
+    "TerminalWatch",
     "VelocityCache",
     "attach",
     "BlockCache",

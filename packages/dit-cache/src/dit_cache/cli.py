@@ -7,7 +7,6 @@ import importlib
 import inspect
 import json
 import sys
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,8 +16,9 @@ from dit_cache.errors import CacheError, SearchError
 
 if TYPE_CHECKING:
     from dit_cache.schedule import Schedule
-    from dit_cache.searcher.progress import Progress
+    from dit_cache.searcher.progress import TerminalWatch
 
+_COST = "this takes the time of up to {total:.0f} uncached generations of one sample"
 _EXIT_CODES = "exit codes: 0 done, 2 usage or input error, 3 internal error, 130 interrupted"
 _PROBLEM = (
     "MODULE:FUNCTION that returns the arguments of dit_cache.search as a dict: run, sigmas, calibration, validation, "
@@ -75,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _search(options: argparse.Namespace) -> None:
+    from dit_cache.searcher.progress import TerminalWatch
+
     output: Path = options.output
     if options.budget is not None and output.is_dir():
         raise SearchError(f"{output} is a folder; name a file, such as {output / 'schedule.json'}")
@@ -86,7 +88,7 @@ def _search(options: argparse.Namespace) -> None:
         "predictor": options.predictor,
         "journal": journal,
         "about": {"problem": options.problem, "set": sorted(options.set)},
-        "watch": (shown := _Shown()),
+        "watch": (shown := TerminalWatch(_COST)),
     }
     if options.trials is not None:
         arguments["trials"] = options.trials
@@ -99,7 +101,7 @@ def _search(options: argparse.Namespace) -> None:
         journal.unlink(missing_ok=True)
 
 
-def _search_one(output: Path, budget: float, arguments: dict[str, Any], shown: _Shown) -> None:
+def _search_one(output: Path, budget: float, arguments: dict[str, Any], shown: TerminalWatch) -> None:
     from dit_cache import search
 
     schedule = search(**arguments, budget=budget)
@@ -108,7 +110,7 @@ def _search_one(output: Path, budget: float, arguments: dict[str, Any], shown: _
     print(_text(schedule))
 
 
-def _search_all(folder: Path, arguments: dict[str, Any], shown: _Shown) -> None:
+def _search_all(folder: Path, arguments: dict[str, Any], shown: TerminalWatch) -> None:
     from dit_cache import plot_front, search_front
 
     front = search_front(**arguments)
@@ -141,6 +143,7 @@ def _text(schedule: Schedule) -> str:
     lines = {
         "plan": schedule.plan,
         "computed": f"{len(schedule.computed)} of {len(schedule.plan)} steps ({schedule.flops_share:.1%})",
+        "holes": f"filled by {schedule.filled_by}",
         "score": f"{_dB(schedule.score)} on validation, {_dB(schedule.calibration_score)} on calibration samples",
         "sigmas": f"{schedule.sigmas[0]:.4f} to {schedule.sigmas[-1]:.4f}",
         "made for": f"{made.model or 'any model'}, {made.solver or 'any solver'}",
@@ -196,29 +199,6 @@ def _budget(text: str) -> float | None:
     if not 0 < share <= 1:
         raise argparse.ArgumentTypeError(f"{text} is no share of the steps in (0, 1]; or say all")
     return share
-
-
-class _Shown:
-    """Tells the cost before anything runs and, where somebody watches, how far the search is, once a second."""
-
-    def __init__(self) -> None:
-        self._last = 0.0
-
-    def __call__(self, progress: Progress) -> None:
-        if progress.done == 0:
-            print(
-                f"this takes the time of up to {progress.total:.0f} uncached generations of one sample", file=sys.stderr
-            )
-        elif sys.stderr.isatty() and time.monotonic() - self._last > 1:
-            self._last = time.monotonic()
-            left = "" if progress.eta is None else f", {progress.eta:.0f} s left"
-            text = f"{progress.stage}: {progress.done:.0f} of up to {progress.total:.0f}{left}"
-            print(f"\r{text:<78}", end="", file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        """Leave the line of the progress."""
-        if self._last:
-            print(file=sys.stderr)
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {"search": _search, "show": _show}

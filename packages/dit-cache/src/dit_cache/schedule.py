@@ -96,6 +96,14 @@ class Schedule:
         orders = {step: int(kind) for step, kind in enumerate(self.plan) if kind.isdigit()}
         return Planned(orders=orders, fitted=self.fitted)
 
+    @property
+    def filled_by(self) -> str:
+        """What fills the holes, in words."""
+        holes = set(self.plan) - {COMPUTED}
+        if FITTED in holes:
+            return "fitted weights"
+        return "the last value" if holes <= {"0"} else "polynomials"
+
     def cache(self, *, extra: int = 0, **options: Any) -> ScheduleCache:
         """Return a cache that follows this schedule.
 
@@ -123,7 +131,8 @@ class Schedule:
         target = Path(path)
         if target.exists() and not overwrite:
             raise ScheduleError(f"{target} exists; name another file, or say overwrite")
-        record = {"format": FORMAT, "version": VERSION, "flops_share": self.flops_share, **asdict(self)}
+        record = {"format": FORMAT, "version": VERSION, "flops_share": self.flops_share, "filled_by": self.filled_by}
+        record |= asdict(self)
         write_text(target, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         return target
 

@@ -32,8 +32,8 @@ from dit_cache import (
     Interval,
     Ledger,
     Made,
-    Progress,
     Schedule,
+    TerminalWatch,
     VelocityCache,
     Watch,
     attach,
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from wan_infer.pipeline import WanPipeline
 
 Cache = Schedule | CacheConfig | VelocityCache
-SearchProgress = Progress
 Unverified = CacheWarning
 OnSearch = Watch
 CacheWish = Cache | str | Path | None
@@ -161,6 +160,14 @@ def attention_cache(blocks: int, steps: int, *, start: int, interval: int, end: 
     config = CacheConfig("attention_cache", blocks, steps, step_start=start, step_interval=interval, step_end=end)
     _checked(config)
     return config
+
+
+def on_terminal() -> OnSearch:
+    """Return what says on stderr what a search costs, and how far it is."""
+    return TerminalWatch(
+        "searching a schedule for these settings, once: this takes the time of up to {total:.0f} uncached videos, and "
+        "goes on where it stopped when it is interrupted"
+    )
 
 
 def made_of(transformer: WanTransformer, settings: Settings) -> Made:

@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -70,9 +70,9 @@ class TeaCache:
     coefficients: Sequence[float] | None = None
     first: int = 1
     last: int = 1
-    needs: frozenset[str] = field(default=frozenset({"signal"}), init=False)
-    dynamic: bool = field(default=True, init=False)
-    once: bool = field(default=False, init=False)
+    needs: ClassVar[frozenset[str]] = frozenset({"signal"})
+    dynamic: ClassVar[bool] = True
+    once: ClassVar[bool] = False
     _before: Tensor | None = field(default=None, init=False, repr=False)
     _sum: float = field(default=0.0, init=False, repr=False)
 
@@ -125,9 +125,9 @@ class EasyCache:
     threshold: float
     first: int = 10
     last: int = 1
-    needs: frozenset[str] = field(default=frozenset({"latents"}), init=False)
-    dynamic: bool = field(default=True, init=False)
-    once: bool = field(default=True, init=False)
+    needs: ClassVar[frozenset[str]] = frozenset({"latents"})
+    dynamic: ClassVar[bool] = True
+    once: ClassVar[bool] = True
     _before: Tensor | None = field(default=None, init=False, repr=False)
     _kept: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
     _rate: Tensor | None = field(default=None, init=False, repr=False)
@@ -179,9 +179,9 @@ class FirstBlock:
     threshold: float
     first: int = 1
     last: int = 0
-    needs: frozenset[str] = field(default=frozenset({"probe"}), init=False)
-    dynamic: bool = field(default=True, init=False)
-    once: bool = field(default=False, init=False)
+    needs: ClassVar[frozenset[str]] = frozenset({"probe"})
+    dynamic: ClassVar[bool] = True
+    once: ClassVar[bool] = False
     _seen: Tensor | None = field(default=None, init=False, repr=False)
     _kept: Tensor | None = field(default=None, init=False, repr=False)
 

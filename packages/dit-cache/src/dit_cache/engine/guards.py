@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,8 +24,8 @@ class Limits:
     first: int = 1
     last: int = 0
     in_a_row: int | None = None
-    needs: frozenset[str] = field(default=frozenset(), init=False)
-    dynamic: bool = field(default=False, init=False)
+    needs: ClassVar[frozenset[str]] = frozenset()
+    dynamic: ClassVar[bool] = False
 
     def overrule(self, at: Moment, seen: Evidence, *, skipped: int) -> str | None:
         """See `Guard`."""
@@ -54,8 +55,8 @@ class Envelope:
 
     bounds: Mapping[int, tuple[float, float]]
     extra: int = 2
-    needs: frozenset[str] = field(default=frozenset(), init=False)
-    dynamic: bool = field(default=True, init=False)
+    needs: ClassVar[frozenset[str]] = frozenset()
+    dynamic: ClassVar[bool] = True
     _before: Tensor | None = field(default=None, init=False, repr=False)
     _alarm: bool = field(default=False, init=False, repr=False)
 

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from dit_cache.engine.moment import Decision, Evidence, Moment, Streams
+from dit_cache.engine.policies import Blind
 from dit_cache.errors import ConfigError, GenerationError
-
-_NOTHING: frozenset[str] = frozenset()
 
 
 @dataclass
-class MagCache:
+class MagCache(Blind):
     """``Σ |1 − P| < threshold`` is a hole, P being the product of the ratios since the last computed step.
 
     It looks at nothing that is computed: ranks need not agree, and the time of a generation is known beforehand.
@@ -34,9 +33,6 @@ class MagCache:
     threshold: float
     in_a_row: int
     retention: float = 0.2
-    needs: frozenset[str] = field(default=_NOTHING, init=False)
-    dynamic: bool = field(default=False, init=False)
-    once: bool = field(default=False, init=False)
     _product: float = field(default=1.0, init=False, repr=False)
     _error: float = field(default=0.0, init=False, repr=False)
     _skipped: int = field(default=0, init=False, repr=False)
@@ -117,7 +113,7 @@ class MagRatios:
 
 
 @dataclass
-class MagCalibration:
+class MagCalibration(Blind):
     """Compute everything, and measure ``mean over tokens of ‖r_i‖ / ‖r_{i−1}‖``, r being the value that is cached.
 
     Tokens whose value was 0 at the step before are left out. ::
@@ -134,9 +130,6 @@ class MagCalibration:
 
     found: MagRatios = field(default_factory=MagRatios)
     dim: int = -1
-    needs: frozenset[str] = field(default=_NOTHING, init=False)
-    dynamic: bool = field(default=False, init=False)
-    once: bool = field(default=False, init=False)
     _before: Tensor | None = field(default=None, init=False, repr=False)
 
     def decide(self, at: Moment, seen: Evidence) -> Decision:

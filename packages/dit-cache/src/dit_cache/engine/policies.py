@@ -6,15 +6,25 @@ They need no synchronisation between ranks, and the time of a generation is know
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import ClassVar
 
 from dit_cache.engine.moment import Decision, Evidence, Moment, Streams
 
-_NOTHING: frozenset[str] = frozenset()
+
+class Blind:
+    """What policies that look at nothing have in common; see `Policy`."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    dynamic: ClassVar[bool] = False
+    once: ClassVar[bool] = False
+
+    def computed(self, at: Moment, seen: Evidence, value: Streams) -> None:
+        """See `Policy`; it does not matter."""
 
 
 @dataclass(frozen=True)
-class Static:
+class Static(Blind):
     """Compute at the steps that are named.
 
     Args:
@@ -22,9 +32,6 @@ class Static:
     """
 
     steps: Collection[int]
-    needs: frozenset[str] = field(default=_NOTHING, init=False)
-    dynamic: bool = field(default=False, init=False)
-    once: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         if 0 not in self.steps:
@@ -35,12 +42,9 @@ class Static:
         """See `Policy`."""
         return Decision(True, "planned") if at.step in self.steps else Decision(False, "hole")
 
-    def computed(self, at: Moment, seen: Evidence, value: Streams) -> None:
-        """See `Policy`."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class Interval:
+class Interval(Blind):
     """Compute every `interval` steps from `start` on, until `end`, and everywhere outside.
 
     A hole is where ``start < step <= end`` and ``(step - start) % interval != 0``: the rule of MindIE SD.
@@ -49,9 +53,6 @@ class Interval:
     interval: int
     start: int = 0
     end: int = 10000
-    needs: frozenset[str] = field(default=_NOTHING, init=False)
-    dynamic: bool = field(default=False, init=False)
-    once: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         if self.interval < 1 or self.start < 0 or self.end < self.start:
@@ -66,21 +67,11 @@ class Interval:
             return Decision(True, "outside")
         return Decision(True, "refresh") if (at.step - self.start) % self.interval == 0 else Decision(False, "hole")
 
-    def computed(self, at: Moment, seen: Evidence, value: Streams) -> None:
-        """See `Policy`."""
-
 
 @dataclass(frozen=True)
-class Always:
+class Always(Blind):
     """Compute everything: the reference."""
-
-    needs: frozenset[str] = field(default=_NOTHING, init=False)
-    dynamic: bool = field(default=False, init=False)
-    once: bool = field(default=False, init=False)
 
     def decide(self, at: Moment, seen: Evidence) -> Decision:
         """See `Policy`."""
         return Decision(True, "always")
-
-    def computed(self, at: Moment, seen: Evidence, value: Streams) -> None:
-        """See `Policy`."""

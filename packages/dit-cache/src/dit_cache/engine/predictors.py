@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from dit_cache.engine.moment import Moment
 from dit_cache.engine.protocols import Weights
@@ -23,8 +24,8 @@ from dit_cache.engine.protocols import Weights
 class Reuse:
     """The last value that was computed."""
 
-    history: int = field(default=1, init=False)
-    uses_latents: bool = field(default=False, init=False)
+    history: ClassVar[int] = 1
+    uses_latents: ClassVar[bool] = False
 
     def weights(self, at: Moment, kept: Sequence[Moment]) -> Weights:
         """See `Predictor`."""
@@ -43,7 +44,7 @@ class Taylor:
     """
 
     order: int = 1
-    uses_latents: bool = field(default=False, init=False)
+    uses_latents: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.order <= 4:
@@ -68,8 +69,8 @@ class Secant:
     from ``v_i`` by about half the slope. That half is what the mean over a jump from ``t_j`` to ``t`` takes.
     """
 
-    history: int = field(default=2, init=False)
-    uses_latents: bool = field(default=True, init=False)
+    history: ClassVar[int] = 2
+    uses_latents: ClassVar[bool] = True
 
     def weights(self, at: Moment, kept: Sequence[Moment]) -> Weights:
         """See `Predictor`."""
@@ -85,8 +86,8 @@ class Secant:
 class Offset:
     """``x + (v_j − x_j)``: what the model added to its input is what stays."""
 
-    history: int = field(default=1, init=False)
-    uses_latents: bool = field(default=True, init=False)
+    history: ClassVar[int] = 1
+    uses_latents: ClassVar[bool] = True
 
     def weights(self, at: Moment, kept: Sequence[Moment]) -> Weights:
         """See `Predictor`."""
@@ -106,7 +107,7 @@ class Planned:
 
     orders: Mapping[int, int] = field(default_factory=dict)
     fitted: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
-    uses_latents: bool = field(default=False, init=False)
+    uses_latents: ClassVar[bool] = False
 
     @property
     def history(self) -> int:

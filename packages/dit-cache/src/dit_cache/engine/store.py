@@ -80,17 +80,16 @@ class Memory:
         kept_latents = None if latents is None else self._store.keep(latents)
         self._kept.append(_Kept(at, tuple(map(self._store.keep, value)), kept_latents))
 
-    def predict(self, at: Moment, *, base: Streams | None = None, latents: Tensor | None = None) -> Streams:
-        """Return ``base + prediction``, new tensors of the dtype and on the device of `base`, or of what was computed.
+    def predict(self, at: Moment, *, latents: Tensor | None = None) -> Streams:
+        """Return the prediction, new tensors of the dtype and on the device of what was computed.
 
         Args:
             at: the hole.
-            base: one tensor for each stream; 0 when None.
             latents: those now, for predictors that use them.
         """
         weights = self._predictor.weights(at, [kept.at for kept in self._kept])
         streams = len(self._kept[-1].value)
-        return tuple(self._combine(weights, n, None if base is None else base[n], latents) for n in range(streams))
+        return tuple(self._combine(weights, n, latents) for n in range(streams))
 
     def error(self, at: Moment, value: Streams, latents: Tensor | None = None) -> Tensor:
         """Return ‖prediction − value‖ / ‖value‖ over all streams, a scalar tensor: what a hole here would have cost."""
@@ -99,16 +98,12 @@ class Memory:
         relative: Tensor = torch.stack(wrong).norm() / torch.stack(right).norm().clamp(min=1e-30)
         return relative
 
-    def clear(self) -> None:
-        """Drop everything."""
-        self._kept.clear()
-
-    def _combine(self, weights: Weights, stream: int, base: Tensor | None, latents: Tensor | None) -> Tensor:
-        dtype, device = self._forms[stream] if base is None else (base.dtype, base.device)
+    def _combine(self, weights: Weights, stream: int, latents: Tensor | None) -> Tensor:
+        dtype, device = self._forms[stream]
         terms = self._terms(weights, stream, latents)
         # Differences of latents cancel: a velocity in half precision is summed in the precision of its latents.
         wide = max((dtype, *(tensor.dtype for tensor, _ in terms)), key=lambda each: each.itemsize)
-        total = None if base is None else base.to(wide)
+        total: Tensor | None = None
         for tensor, weight in terms:
             term = self._store.take(tensor, device).to(wide)
             total = term * weight if total is None else torch.add(total, term, alpha=weight)

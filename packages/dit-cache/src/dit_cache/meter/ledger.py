@@ -51,10 +51,6 @@ class Ledger:
     """
 
     def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget everything, for the next generation."""
         self.entries: list[Entry] = []
         self.flops_share: float | None = None
         self.bytes_now = 0

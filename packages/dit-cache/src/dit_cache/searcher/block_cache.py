@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from dit_cache.agent.config import ATTENTION, BLOCKS, CacheConfig
-from dit_cache.engine.blocks import BlockCache, attach
+from dit_cache.engine.attaching import attach
+from dit_cache.engine.blocks import BlockCache
 from dit_cache.engine.finding import find_blocks
 from dit_cache.engine.policies import Always, Interval
 from dit_cache.engine.protocols import Policy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +25,34 @@ class Progress:
 
 
 Watch = Callable[[Progress], None]
+
+
+class TerminalWatch:
+    """Tells the cost on stderr before anything runs and, where somebody watches, how far the search is, once a second.
+
+    Args:
+        announce: the words, with ``{total:.0f}`` where the generations stand.
+    """
+
+    def __init__(self, announce: str) -> None:
+        self._announce = announce
+        self._last = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        """See `Progress`."""
+        if progress.done == 0:
+            sys.stderr.write(self._announce.format(total=progress.total) + "\n")
+        elif sys.stderr.isatty() and time.monotonic() - self._last > 1:
+            self._last = time.monotonic()
+            left = "" if progress.eta is None else f", {progress.eta:.0f} s left"
+            text = f"{progress.stage}: {progress.done:.0f} of up to {progress.total:.0f}{left}"
+            sys.stderr.write(f"\r{text:<78}")
+            sys.stderr.flush()
+
+    def end(self) -> None:
+        """Leave the line."""
+        if self._last:
+            sys.stderr.write("\n")
 
 
 @dataclass(kw_only=True)

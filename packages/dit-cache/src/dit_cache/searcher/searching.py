@@ -36,52 +36,19 @@ _STARTS = 3  # schedules that one planner begins refinement with at most
 _STOPS = 3  # the last stops of refinement that validation chooses from, besides the first
 
 
-def search(
-    run: Run[Sample],
-    *,
-    sigmas: Sequence[float],
-    budget: float,
-    calibration: Sequence[Sample],
-    validation: Sequence[Sample],
-    predictor: PredictorKind = "best",
-    made: Made | None = None,
-    batch: int = 1,
-    every: int = 3,
-    trials: int = 20,
-    journal: str | Path | None = None,
-    about: Mapping[str, Any] | None = None,
-    watch: Watch | None = None,
-) -> Schedule:
+def search(run: Run[Sample], *, budget: float, trials: int = 20, **arguments: Any) -> Schedule:
     """Return the best schedule that was found with as many computed steps as a share `budget` of them pays for.
 
     Args:
         run: one generation, see :mod:`.measure`.
-        sigmas: noise levels of the steps and of the end.
         budget: share of the steps, in (0, 1].
-        calibration: samples that schedules are found with; about 8 different ones.
-        validation: others, that they are chosen with. JSON values both, as a rule [prompt, seed].
-        predictor: what is put in holes. "fitted": weights for each hole, by least squares over the calibration
-            samples; "taylor": a polynomial, its degree chosen for each gap; "best": the better of the two; "reuse":
-            the last value.
-        made: what the schedule is for; written into it.
-        batch: samples in one call of `run`.
-        every: at how many steps one is disturbed; the gains between are interpolated.
         trials: neighbours that are run live in refinement, with all calibration samples each.
-        journal: a file in which measurements are kept; an interrupted search goes on from it.
-        about: what else decides about the measurements, JSON; a journal about something else is refused.
-        watch: is told the cost before anything runs, then how far the search is.
+        arguments: the others of `search_front`: sigmas, calibration, validation, …
 
     Raises:
         SearchError: an argument cannot be used, or the run is none.
     """
-    searcher = _Searcher(
-        _bench(run, sigmas, calibration, made, batch=batch, every=every, journal=journal, about=about, watch=watch),
-        calibration=calibration,
-        validation=validation,
-        predictor=predictor,
-        made=made,
-    )
-    (schedule,) = searcher.find([searcher.count(budget)], trials)
+    (schedule,) = search_front(run, budgets=[budget], trials=trials, **arguments).schedules
     return schedule
 
 
@@ -101,9 +68,37 @@ def search_front(
     about: Mapping[str, Any] | None = None,
     watch: Watch | None = None,
 ) -> Front:
-    """Return a schedule for every budget, each scored on the validation samples; arguments as those of `search`."""
+    """Return a schedule for every budget, each scored on the validation samples.
+
+    Args:
+        run: one generation, see :mod:`.measure`.
+        sigmas: noise levels of the steps and of the end.
+        calibration: samples that schedules are found with; about 8 different ones.
+        validation: others, that they are chosen with. JSON values both, as a rule [prompt, seed].
+        budgets: shares of the steps, in (0, 1]; "all" for every one that is possible.
+        predictor: what is put in holes. "fitted": weights for each hole, by least squares over the calibration
+            samples; "taylor": a polynomial, its degree chosen for each gap; "best": the better of the two; "reuse":
+            the last value.
+        made: what the schedule is for; written into it.
+        batch: samples in one call of `run`.
+        every: at how many steps one is disturbed; the gains between are interpolated.
+        trials: neighbours that are run live in refinement, with all calibration samples each.
+        journal: a file in which measurements are kept; an interrupted search goes on from it.
+        about: what else decides about the measurements, JSON; a journal about something else is refused.
+        watch: is told the cost before anything runs, then how far the search is.
+
+    Raises:
+        SearchError: an argument cannot be used, or the run is none.
+    """
+    levels = [float(level) for level in sigmas]
+    if len(levels) < 3 or any(after >= before for before, after in itertools.pairwise(levels)):
+        raise SearchError(f"sigmas are {levels}; falling levels of at least 2 steps, and the end, are expected")
+    if batch < 1 or every < 1:
+        raise SearchError(f"batch is {batch}, every is {every}; both are whole numbers from 1 on")
+    of = {"sigmas": levels, "made": asdict(made or Made()), "calibration": names_of(calibration), "every": every}
+    kept, counter = Journal(journal, {**of, **(about or {})}), Counter(watch=watch)
     searcher = _Searcher(
-        _bench(run, sigmas, calibration, made, batch=batch, every=every, journal=journal, about=about, watch=watch),
+        Bench(run=run, sigmas=levels, batch=batch, every=every, journal=kept, counter=counter),
         calibration=calibration,
         validation=validation,
         predictor=predictor,
@@ -134,28 +129,6 @@ class Front:
     def points(self) -> list[tuple[float, float]]:
         """Return (share of computed steps, score in dB) of each."""
         return [(schedule.flops_share, _score(schedule)) for schedule in self.schedules]
-
-
-def _bench(
-    run: Run[Sample],
-    sigmas: Sequence[float],
-    calibration: Sequence[Sample],
-    made: Made | None,
-    *,
-    batch: int,
-    every: int,
-    journal: str | Path | None,
-    about: Mapping[str, Any] | None,
-    watch: Watch | None,
-) -> Bench[Sample]:
-    levels = [float(level) for level in sigmas]
-    if len(levels) < 3 or any(after >= before for before, after in itertools.pairwise(levels)):
-        raise SearchError(f"sigmas are {levels}; falling levels of at least 2 steps, and the end, are expected")
-    if batch < 1 or every < 1:
-        raise SearchError(f"batch is {batch}, every is {every}; both are whole numbers from 1 on")
-    of = {"sigmas": levels, "made": asdict(made or Made()), "calibration": names_of(calibration), "every": every}
-    kept = Journal(journal, {**of, **(about or {})})
-    return Bench(run=run, sigmas=levels, batch=batch, every=every, journal=kept, counter=Counter(watch=watch))
 
 
 class _Searcher(Generic[Sample]):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from wan_infer.errors import RequestError
 
 if TYPE_CHECKING:
-    from wan_infer.caching import SearchProgress
     from wan_infer.pipeline import WanPipeline
 
 _DEFAULTS = {"start_step": 12, "attentioncache_interval": 4, "end_step": 37}  # those of Wan2.1 on Ascend
@@ -68,7 +66,9 @@ def arguments(options: argparse.Namespace, pipe: WanPipeline, steps: int) -> dic
                 f"note: from step {start}, one in {interval}, to {end}: that leaves out nothing of {steps}\n"
             )
         return {"cache": cache}
-    return {"cache": options.cache, "on_search": _Shown()}
+    from wan_infer.caching import on_terminal
+
+    return {"cache": options.cache, "on_search": on_terminal()}
 
 
 @contextmanager
@@ -98,22 +98,3 @@ def described(options: argparse.Namespace) -> dict[str, Any] | str | None:
 
 def _numbers(options: argparse.Namespace) -> dict[str, int | None]:
     return {name: getattr(options, name) for name in _DEFAULTS}
-
-
-class _Shown:
-    """Says what a search costs before it begins and, where somebody watches, how far it is."""
-
-    def __init__(self) -> None:
-        self._last = 0.0
-
-    def __call__(self, progress: SearchProgress) -> None:
-        if progress.done == 0:
-            sys.stderr.write(
-                "searching a schedule for these settings, once: this takes the time of up to "
-                f"{progress.total:.0f} uncached videos, and goes on where it stopped when it is interrupted\n"
-            )
-        elif sys.stderr.isatty() and time.monotonic() - self._last > 1:
-            self._last = time.monotonic()
-            left = "" if progress.eta is None else f", {progress.eta:.0f} s left"
-            sys.stderr.write(f"\r{progress.stage}: {progress.done:.0f} of up to {progress.total:.0f}{left}".ljust(79))
-            sys.stderr.flush()
