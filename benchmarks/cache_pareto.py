@@ -65,7 +65,8 @@ def ours(problem: Problem) -> list[Method]:
             validation=[asdict(sample) for sample in problem.validation],
             predictor=kind,
             batch=len(problem.calibration),
-            trials=4,
+            every=1,
+            trials=20,
         )
 
     def method(kind: PredictorKind, budget: float) -> Method:

@@ -3,7 +3,8 @@
 1. A recorded run of each calibration sample leaves a Gram matrix, and disturbed ones leave the propagation gains.
 2. The dynamic programme gives the cheapest schedule of every length, in the model of :mod:`.costs`.
 3. For a wanted budget, its neighbours are run live, the most promising first; what is better is moved to.
-4. Of the way that was gone, the stop that is best on the validation samples is taken: they had no part in finding it.
+4. Of the best starts and the last stops of that way, the one that is best on the validation samples is taken: they had
+   no part in finding it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _KINDS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "reuse": (("0",),),
 }
 _STARTS = 3  # schedules that one planner begins refinement with at most
-_STOPS = 3  # the last stops of refinement that validation chooses from, besides the first
+_STOPS = 3  # the last stops of refinement that validation chooses from, besides the best start of each planner
 
 
 def search(run: Run[Sample], *, budget: float, trials: int = 20, **arguments: Any) -> Schedule:
@@ -184,7 +185,7 @@ class _Searcher(Generic[Sample]):
     def _cost(self, counts: Sequence[int], trials: int) -> float:
         """Uncached generations of one sample that are needed at most."""
         lines = len(self._kinds)
-        runs, stops = (_STARTS * lines + trials, 1 + _STOPS) if trials else (0, lines)
+        runs, stops = (_STARTS * lines + trials, lines + _STOPS) if trials else (0, lines)
         live = runs * len(self._calibration) + stops * len(self._validation)
         references = len(self._validation)
         return self._bench.recording_cost(len(self._calibration)) + references + live * sum(counts) / self._bench.steps
@@ -198,7 +199,8 @@ class _Searcher(Generic[Sample]):
         return max((self._validated(planner.schedule(computed)) for planner, computed in stops), key=_score)
 
     def _climb(self, scored: dict[tuple[Planner, Computed], float], trials: int) -> list[tuple[Planner, Computed]]:
-        """Move to better neighbours until the trials are used up; return the first stop and the last ones."""
+        """Move to better neighbours until the trials are used up; return the best starts and the last stops."""
+        best = {planner: (planner, computed) for (planner, computed), _ in sorted(scored.items(), key=lambda at: at[1])}
         way = [max(scored, key=scored.__getitem__)]
         while trials > 0:
             planner, computed = way[-1]
@@ -211,7 +213,7 @@ class _Searcher(Generic[Sample]):
                     break
             else:
                 break
-        return list(dict.fromkeys((way[0], *way[-_STOPS:])))
+        return list(dict.fromkeys((*best.values(), *way[-_STOPS:])))
 
     def _calibrated(self, planner: Planner, computed: Computed) -> float:
         return self._bench.score(planner.schedule(computed), self._calibration)
