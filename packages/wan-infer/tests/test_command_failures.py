@@ -32,7 +32,8 @@ CKPT = ["--ckpt_dir", "absent"]
         (["--size", "60*64"], "width and height have to be multiples of 16, for example 64*64"),
         (["--size", "832*480"], "size 832*480 is not offered for t2v-mini; offered: 64*64"),
         (["--task", "t2v-1.3B", *CKPT, "--size", "1280*720"], "not offered for t2v-1.3B; offered: 480*832, 832*480"),
-        (["--task", "t2v-14B"], "--task t2v-14B needs --ckpt_dir, the folder of its checkpoint"),
+        (["--task", "t2i-14B"], "--task t2i-14B needs --ckpt_dir, the folder of its checkpoint; without one there is"),
+        (["--task", "vace-1.3B"], "--task vace-1.3B needs --ckpt_dir"),
         (["--task", "t2i-14B", *CKPT, "--frame_num", "5"], "--frame_num is 5; t2i-14B makes 1 frame"),
         (["--sample_steps", "0"], "steps is 0; it has to be a whole number from 1 on"),
         (["--sample_shift", "-1"], "shift is -1.0; it has to be a number above 0"),
@@ -96,11 +97,6 @@ def test_one_existing_target_of_several_stops_all(folder: Path, capsys: pytest.C
     Path("out-2.mp4").write_text("precious")
     assert "out-2.mp4 exists already" in fails(capsys, *VIDEO[2:], "--prompt_file", "p.txt")
     assert left(folder) == ["out-2.mp4", "p.txt"]
-
-
-def test_several_processes_are_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "runs in one process; start it with --nproc_per_node=1 or without torchrun" in fails(capsys, *VIDEO)
 
 
 def test_one_process_of_torchrun_is_fine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

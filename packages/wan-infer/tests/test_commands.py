@@ -49,6 +49,7 @@ def test_a_video_and_its_record(folder: Path, capsys: pytest.CaptureFixture[str]
         "seed": 3,
         "fps": 16.0,
         "vae_tiling": False,
+        "parallel": {"cfg": 1, "ulysses": 1, "ring": 1},
         "cache": None,
         "computed": 1.0,
         "dtype": "float32",
@@ -150,7 +151,7 @@ def test_a_contact_sheet_beside_the_video(folder: Path, capsys: pytest.CaptureFi
 def test_offloading(extra: list[str], prompts: int, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
 
-    def pipeline(task: Any, options: Any, *, offload: bool) -> Any:
+    def pipeline(*_: Any, offload: bool) -> Any:
         seen.append(offload)
         raise OSError("enough")
 

@@ -44,6 +44,9 @@ PORT: dict[str, Any] = {
 }
 OURS: dict[str, Any] = {
     "cache": None,
+    "ulysses_size": None,
+    "ring_size": None,
+    "cfg_size": None,
     "negative_prompt": None,
     "prompt_file": None,
     "fps": 16.0,
@@ -114,7 +117,7 @@ def test_offload_model_reads_what_the_official_command_reads(text: str, value: b
         (["--offload_model", "maybe"], "'maybe' is neither true nor false"),
         (["--task", "t2v"], "invalid choice: 't2v'"),
         (["--sample_steps", "many"], "invalid int value: 'many'"),
-        (["--ulysses_size", "2"], "unrecognized arguments: --ulysses_size 2"),
+        (["--ulysses_size", "two"], "invalid int value: 'two'"),
         (["convert", "a"], "required: target, --to"),
     ],
 )

@@ -32,10 +32,10 @@ CONFIGS: dict[str, TransformerConfig] = {
 SIZE, FRAMES, SHIFT = (48, 32), 9, 5.0
 
 
-def transformer(model_type: str) -> WanTransformer:
+def transformer(kind: str | TransformerConfig) -> WanTransformer:
     """A model whose every tensor matters, with outputs of a few units."""
     torch.manual_seed(0)
-    model = WanTransformer(CONFIGS[model_type]).eval().requires_grad_(False)
+    model = WanTransformer(CONFIGS[kind] if isinstance(kind, str) else kind).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         matrix = parameter.ndim > 1 and "modulation" not in name
         nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5 if matrix else 0.3)

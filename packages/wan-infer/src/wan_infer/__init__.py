@@ -38,9 +38,18 @@ if TYPE_CHECKING:
     )
     from wan_infer.config import TRANSFORMERS, TransformerConfig, VaeConfig
     from wan_infer.denoise import Step
-    from wan_infer.errors import CheckpointError, MediaError, NumericsError, OutputError, RequestError, WanError
+    from wan_infer.errors import (
+        CheckpointError,
+        MediaError,
+        NumericsError,
+        OutputError,
+        ProcessError,
+        RequestError,
+        WanError,
+    )
     from wan_infer.generation import Generation, Settings
     from wan_infer.mini import wan_mini
+    from wan_infer.parallel import Parallel
     from wan_infer.pipeline import WanPipeline
     from wan_infer.rope import rope_table
     from wan_infer.samplers import Sampler, draw_noise, guide, make_sampler
@@ -55,6 +64,7 @@ _HOMES = {
     "Generation": "generation",
     "Settings": "generation",
     "Step": "denoise",
+    "Parallel": "parallel",
     "wan_mini": "mini",
     "load_transformer": "checkpoints.loading",
     "load_vae": "checkpoints.loading",
@@ -83,6 +93,7 @@ _HOMES = {
     "MediaError": "errors",
     "OutputError": "errors",
     "NumericsError": "errors",
+    "ProcessError": "errors",
 }
 
 __all__ = [
@@ -90,6 +101,7 @@ __all__ = [
     "Generation",
     "Settings",
     "Step",
+    "Parallel",
     "wan_mini",
     "load_transformer",
     "load_vae",
@@ -118,6 +130,7 @@ __all__ = [
     "MediaError",
     "OutputError",
     "NumericsError",
+    "ProcessError",
 ]
 
 

@@ -237,22 +237,33 @@ def searched(pipe: WanPipeline, settings: Settings, share: float, *, watch: OnSe
         watch: is told the cost before anything runs, and how far the search is.
 
     Raises:
-        RequestError: as `problem`, or the share is too small.
+        RequestError: as `problem`, or the share is too small, or there is none yet and several processes would search.
     """
     wanted = {key: value for key, value in asdict(settings).items() if key != "seed"}
     with _explained():
         arguments = problem(pipe, **wanted)
-        name = json.dumps([asdict(arguments["made"]), wanted, share], sort_keys=True)
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "wan-infer" / "schedules"
-        file = folder / f"{pipe.task.name}-{share:g}-{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
-        if file.exists():
-            return Schedule.load(file)
-        folder.mkdir(parents=True, exist_ok=True)
-        journal = file.with_suffix(".journal")
-        found = search(**arguments, budget=share, trials=0, journal=journal, watch=watch)
-        found.save(file, overwrite=True)  # another process may have been faster
-    journal.unlink(missing_ok=True)
-    return found
+    name = json.dumps([asdict(arguments["made"]), wanted, share], sort_keys=True)
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "wan-infer" / "schedules"
+    file = folder / f"{pipe.task.name}-{share:g}-{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
+    processes = pipe.parallel.processes
+
+    def find() -> Schedule:
+        with _explained():
+            if file.exists():
+                return Schedule.load(file)
+            if processes.size > 1:
+                raise RequestError(
+                    f"there is no schedule for {_AUTO}{share:g} and these settings yet; search it once in one process: "
+                    "run the same without torchrun, or name the file of a schedule"
+                )
+            folder.mkdir(parents=True, exist_ok=True)
+            journal = file.with_suffix(".journal")
+            found = search(**arguments, budget=share, trials=0, journal=journal, watch=watch)
+            found.save(file, overwrite=True)  # another process may have been faster
+            journal.unlink(missing_ok=True)
+            return found
+
+    return processes.once(find)
 
 
 def _attached(config: CacheConfig, transformer: WanTransformer, steps: int) -> AbstractContextManager[BlockCache]:

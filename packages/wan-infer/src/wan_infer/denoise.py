@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from wan_infer.caching import SIDES, Uncached
 from wan_infer.errors import NumericsError
+from wan_infer.parallel import Alone
 from wan_infer.samplers import Sampler, guide
 from wan_infer.transformer import TextContext, WanTransformer
 
@@ -44,6 +46,7 @@ def denoise(
     condition: Tensor | None = None,
     on_step: OnStep | None = None,
     cached: Uncached | None = None,
+    parallel: Alone | None = None,
 ) -> Tensor:
     """Return the latents at noise level 0, float32 [B, C, T, h, w].
 
@@ -56,19 +59,23 @@ def denoise(
         condition: as the transformer takes it.
         on_step: called after every step.
         cached: decides which steps are computed; all when None.
+        parallel: who computes what; everything is computed here when None.
 
     Raises:
         NumericsError: a step gave NaN or infinity.
     """
     cached = cached or Uncached()
+    parallel = parallel or Alone()
+
+    def predict_side(name: str, context: TextContext) -> Tensor:
+        times = timestep.float().expand(len(latents))
+        with cached.side(index - 1, name):
+            velocity: Tensor = transformer(latents, times, context, condition=condition, parallel=parallel)
+        return velocity
 
     def predict() -> Tensor:
-        times = timestep.float().expand(len(latents))
-        velocities = []
-        for side, context in zip(SIDES, contexts, strict=False):
-            with cached.side(index - 1, side):
-                velocities.append(transformer(latents, times, context, condition=condition))
-        velocity, *unconditional = velocities
+        sides = [partial(predict_side, *side) for side in zip(SIDES, contexts, strict=False)]
+        velocity, *unconditional = parallel.sides(sides)
         return guide(velocity, unconditional[0], guidance) if unconditional else velocity
 
     for index, timestep in enumerate(sampler.timesteps, start=1):

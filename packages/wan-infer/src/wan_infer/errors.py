@@ -7,7 +7,8 @@
     ├── RequestError (ValueError)         what was asked for cannot be generated: frames, size, steps, a missing image
     ├── MediaError (ValueError)           an image cannot be read
     ├── OutputError (OSError)             a file exists already, or could not be written to its end
-    └── NumericsError (ArithmeticError)   the latents hold NaN or infinity
+    ├── NumericsError (ArithmeticError)   the latents hold NaN or infinity
+    └── ProcessError (RuntimeError)       of several processes, one was lost, or they were asked for different things
 
 All can be caught as :class:`WanError` or as the built-in type beside them.
 """
@@ -37,3 +38,7 @@ class OutputError(WanError, OSError):
 
 class NumericsError(WanError, ArithmeticError):
     """The latents stopped being numbers; the message says at which step."""
+
+
+class ProcessError(WanError, RuntimeError):
+    """Of several processes, one was lost, or they were asked for different things."""

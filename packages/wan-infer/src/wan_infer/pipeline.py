@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ from wan_infer.denoise import OnStep, denoise
 from wan_infer.errors import RequestError
 from wan_infer.generation import Generation, Settings
 from wan_infer.lazy import Lazy
-from wan_infer.prompts import Embedded, embed_prompts, read_prompts
+from wan_infer.parallel import Alone
+from wan_infer.prompts import Embedded, Prompts, embed_prompts, read_prompts
 from wan_infer.samplers import SigmaGrid, Solver, draw_noise, make_sampler
 from wan_infer.sources import ImageLike, Sources, VideoLike, read_sources
 from wan_infer.stopwatch import Stopwatch
@@ -44,6 +45,9 @@ class WanPipeline:
         task: whose settings are used where a call gives none; found by `config` when None.
         offload: whether a part that was loaded here is dropped when its stage is over. It comes back from the file,
             which the system keeps in memory while there is room.
+        parallel: the processes that make each video together, a `Parallel`; this one makes it alone when None. All are
+            called with the same arguments, and all get the whole result. The parts but the transformer are needed in
+            the first process of each node only.
     """
 
     def __init__(
@@ -57,8 +61,10 @@ class WanPipeline:
         device: Device = None,
         task: Task | None = None,
         offload: bool = False,
+        parallel: Alone | None = None,
     ) -> None:
         self.config = config
+        self.parallel = parallel or Alone()
         self.device = torch.device(device or "cpu")
         self.task = task or task_of(config)
         self.offload = offload
@@ -78,6 +84,7 @@ class WanPipeline:
         embedding_cache: str | Path | None = None,
         task: Task | None = None,
         offload: bool = False,
+        parallel: Alone | None = None,
     ) -> WanPipeline:
         """Open a checkpoint folder of the original or the diffusers layout; nothing big is read yet.
 
@@ -88,17 +95,20 @@ class WanPipeline:
                 VAE is float32.
             text_device: where the text encoder runs, `device` by default.
             embedding_cache: a folder in which the embeddings of prompts are kept.
-            task, offload: as for the class.
+            task, offload, parallel: as for the class. Files are read by the first process of each node.
 
         Raises:
             CheckpointError: it is no checkpoint, or its transformer or VAE is incomplete.
         """
         device = default_device() if device is None else torch.device(device)
         dtype = dtype or default_dtype(device)
-        config = open_checkpoint(path, parts=("transformer", "vae")).config
+        processes = (parallel or Alone()).processes
+        config = processes.once(lambda: open_checkpoint(path, parts=("transformer", "vae")).config)
         return cls(
             config=config,
-            transformer=lambda: load_transformer(path, device=device, dtype=dtype),
+            transformer=lambda: processes.module(
+                lambda: load_transformer(path, device=device, dtype=dtype), lambda: WanTransformer(config)
+            ),
             vae=lambda: load_vae(path, device=device),
             prompt_encoder=lambda: load_prompt_encoder(
                 path, device=text_device or device, dtype=dtype, text_len=config.text_len, cache_dir=embedding_cache
@@ -107,6 +117,7 @@ class WanPipeline:
             device=device,
             task=task,
             offload=offload,
+            parallel=parallel,
         )
 
     @property
@@ -186,7 +197,9 @@ class WanPipeline:
             MediaError: an image or a video cannot be read.
             NumericsError: the latents stopped being numbers; says at which step.
         """
-        settings = self.settings(size, frames, steps, guidance, shift, solver, sigma_grid, seed)
+        processes = self.parallel.processes
+        settings = processes.once(lambda: self.settings(size, frames, steps, guidance, shift, solver, sigma_grid, seed))
+        self.parallel.check_guidance(settings.guidance)
         sampler = make_sampler(solver, settings.steps, settings.shift, sigma_grid=sigma_grid)
         prompts = read_prompts(
             self.config,
@@ -196,30 +209,28 @@ class WanPipeline:
             negative_prompt_embeds=negative_prompt_embeds,
             guided=settings.guidance != 1,
         )
-        sources = read_sources(
-            self.config.model_type,
-            settings.frames,
-            image=image,
-            last_image=last_image,
-            src_video=src_video,
-            src_mask=src_mask,
-            src_ref_images=src_ref_images,
+        sources = processes.by_readers(
+            lambda: read_sources(
+                self.config.model_type,
+                settings.frames,
+                image=image,
+                last_image=last_image,
+                src_video=src_video,
+                src_mask=src_mask,
+                src_ref_images=src_ref_images,
+            )
         )
-        if sources.images:
-            settings = replace(settings, size=fit_area(sources.images[0], settings.size))
-        noise = self._noise(latents, len(prompts), settings, before=len(sources.references))
-        wish = read_wish(cache)
+        settings, before = processes.once(lambda: _fitted(settings, sources))
+        noise = self._noise(latents, len(prompts), settings, before=before)
+        wish = processes.once(lambda: read_wish(cache)) if isinstance(cache, str | Path) else read_wish(cache)
         if isinstance(wish, float):
             wish = searched(self, settings, wish, watch=on_search)
 
         watch = Stopwatch(self.device)
         with watch.stage("text"):
-            text = embed_prompts(prompts, self._prompt_encoder)
-            self._done_with(self._prompt_encoder)
+            text = self._embedded(prompts)
         with watch.stage("image"):
-            clip = self._clip_tokens(sources)
-            condition = self._condition(sources, settings)
-            self._done_with(self._clip, self._vae)
+            clip, condition = processes.tensors(lambda: self._conditions(sources, settings))
         with watch.stage("load transformer"):
             contexts = [self._context(each, clip) for each in text]
         levels = sampler.sigmas.tolist()
@@ -233,10 +244,11 @@ class WanPipeline:
                 condition=None if condition is None else condition.expand(len(noise), -1, -1, -1, -1),
                 on_step=on_step,
                 cached=caching,
+                parallel=self.parallel,
             )
             self._done_with(self._transformer)
         return Generation(
-            latents=final[:, :, len(sources.references) :],
+            latents=final[:, :, before:],
             settings=settings,
             vae=self._vae,
             watch=watch,
@@ -299,6 +311,24 @@ class WanPipeline:
         width, height = (side // 8 for side in settings.size)
         return self.config.out_dim, before + (settings.frames - 1) // 4 + 1, height, width
 
+    def _embedded(self, prompts: Prompts) -> list[Embedded]:
+        """Return rows and lengths of what is wanted and of what is to be avoided."""
+
+        def embed() -> list[Tensor]:
+            found = [tensor for side in embed_prompts(prompts, self._prompt_encoder) for tensor in side]
+            self._done_with(self._prompt_encoder)
+            return found
+
+        flat = cast("list[Tensor]", self.parallel.processes.tensors(embed))
+        return list(zip(flat[::2], flat[1::2], strict=True))
+
+    def _conditions(self, sources: Sources | None, settings: Settings) -> tuple[Tensor | None, Tensor | None]:
+        """Return CLIP tokens and the condition of the latents, where the model takes them."""
+        assert sources is not None, "this is a process that reads"
+        clip, condition = self._clip_tokens(sources), self._condition(sources, settings)
+        self._done_with(self._clip, self._vae)
+        return clip, condition
+
     def _clip_tokens(self, sources: Sources) -> Tensor | None:
         """Return the CLIP tokens of all images after each other, [1, tokens, C]."""
         if self.config.image_dim is None:
@@ -322,6 +352,14 @@ class WanPipeline:
         if self.offload:
             for part in parts:
                 part.release()
+
+
+def _fitted(settings: Settings, sources: Sources | None) -> tuple[Settings, int]:
+    """Return the settings with the aspect of the first image, and the number of references."""
+    assert sources is not None, "the first process reads"
+    if sources.images:
+        settings = replace(settings, size=fit_area(sources.images[0], settings.size))
+    return settings, len(sources.references)
 
 
 def default_device() -> torch.device:

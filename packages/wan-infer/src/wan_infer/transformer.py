@@ -1,6 +1,6 @@
 """The Wan2.1 diffusion transformer: latents, a timestep and text in, the velocity of the flow out.
 
-Single device, no process groups, and it reads like the paper (arXiv 2503.20314). Parameters carry the names of the
+It knows no process groups and reads like the paper (arXiv 2503.20314). Parameters carry the names of the
 original checkpoints. Linear layers compute in the dtype of their weights (bfloat16 as a rule); the path of the
 timestep, modulation, norms, rotary positions, the residual stream and the head stay in float32, as in the original.
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from wan_infer.config import TransformerConfig
 from wan_infer.errors import RequestError
+from wan_infer.parallel import Alone, Whole
 from wan_infer.rope import rope_table
 from wan_infer.transformer_layers import Block, Head, ImageEmbedding, KeyValue, VaceBlock
 
@@ -82,6 +83,7 @@ class WanTransformer(nn.Module):
         clip: Tensor | None = None,
         condition: Tensor | None = None,
         condition_scale: float = 1.0,
+        parallel: Alone | None = None,
     ) -> Tensor:
         """Return the velocity, float32 [B, out_dim, T, H, W].
 
@@ -94,6 +96,7 @@ class WanTransformer(nn.Module):
             condition: i2v and flf2v: the other input channels, [B, in_dim - C, T, H, W]. vace: the context,
                 [B, vace_in_dim, T, H, W].
             condition_scale: strength of the VACE context.
+            parallel: who computes which tokens; all are computed here when None.
 
         Raises:
             RequestError: a shape does not fit, or an input that this model needs is missing.
@@ -107,12 +110,14 @@ class WanTransformer(nn.Module):
         x_BSC, grid = self._embed(self.patch_embedding, latents)
         time_BC, modulation_B6C = self._embed_time(timestep, x_BSC.device)
         rope = rope_table(grid, self.config.head_dim, device=x_BSC.device)
-        hints = {} if vace is None else self._hints(vace, x_BSC, modulation_B6C, rope, text)
+        shards = (parallel or Alone()).shards(x_BSC.shape[1])
+        x_BSC, rope = shards.split(x_BSC, 1), shards.split(rope, 0)
+        hints = {} if vace is None else self._hints(vace, x_BSC, modulation_B6C, rope, text, shards)
         for index, block in enumerate(self.blocks):
-            x_BSC = block(x_BSC, modulation_B6C, rope, text.blocks[index], text.key_bias)
+            x_BSC = block(x_BSC, modulation_B6C, rope, text.blocks[index], text.key_bias, shards.attend)
             if index in hints:
                 x_BSC = x_BSC + condition_scale * hints.pop(index)
-        patches = self.head(x_BSC, time_BC)
+        patches = shards.gather(self.head(x_BSC, time_BC), 1)
         return unpatchify(patches, grid, self.config.patch_size, latents.shape[2:])
 
     def prepare_text(
@@ -160,15 +165,15 @@ class WanTransformer(nn.Module):
         return time_BC, self.time_projection(time_BC).unflatten(1, (6, -1))
 
     def _hints(
-        self, context: Tensor, x_BSC: Tensor, modulation_B6C: Tensor, rope: Tensor, text: TextContext
+        self, context: Tensor, x_BSC: Tensor, modulation_B6C: Tensor, rope: Tensor, text: TextContext, shards: Whole
     ) -> dict[int, Tensor]:
         """What the VACE branch adds after which block."""
-        branch_BSC, _ = self._embed(self.vace_patch_embedding, context)
+        branch_BSC = shards.split(self._embed(self.vace_patch_embedding, context)[0], 1)
         hints = {}
         for layer, module, keys_values in zip(self.config.vace_layers, self.vace_blocks, text.vace_blocks, strict=True):
             block = cast(VaceBlock, module)
             branch_BSC = block.enter(branch_BSC, x_BSC)
-            branch_BSC = block(branch_BSC, modulation_B6C, rope, keys_values, text.key_bias)
+            branch_BSC = block(branch_BSC, modulation_B6C, rope, keys_values, text.key_bias, shards.attend)
             hints[layer] = block.leave(branch_BSC)
         return hints
 

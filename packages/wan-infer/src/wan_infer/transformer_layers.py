@@ -7,6 +7,7 @@ stream, norms and modulation are float32; linear layers compute in the dtype of 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from wan_infer.config import TransformerConfig
 from wan_infer.ops import attention, gated, modulated_norm, next_norm, rms_norm, rotate
 
 KeyValue = tuple[Tensor, Tensor]  # [B, T, N, D] each
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys and values [B, S, N, D] to the same shape
 
 
 class Block(nn.Module):
@@ -37,11 +39,13 @@ class Block(nn.Module):
         rope: Tensor,
         keys_values: tuple[KeyValue, ...],
         key_bias: Tensor,
+        attend: Attend = attention,
     ) -> Tensor:
-        """Return the next state of the residual stream, float32 [B, S, C]."""
+        """Return the next state of the residual stream, float32 [B, S, C]; `attend` is the self-attention."""
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (self.modulation + modulation_B6C).unbind(1)
         dtype = self.cross_attn.q.weight.dtype
-        update: Tensor = self.self_attn(modulated_norm(self.norm1, x_BSC, scale_sa, shift_sa).to(dtype), rope)
+        normed = modulated_norm(self.norm1, x_BSC, scale_sa, shift_sa).to(dtype)
+        update: Tensor = self.self_attn(normed, rope, attend)
         x_BSC, normed = next_norm(self.norm3, x_BSC, update, gate_BC=gate_sa)
         update = self.cross_attn(normed.to(dtype), keys_values, key_bias)
         x_BSC, normed = next_norm(self.norm2, x_BSC, update, modulation=(scale_ff, shift_ff))
@@ -86,13 +90,13 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Attention of all latent tokens to each other, with rotary positions."""
 
-    def forward(self, x_BSC: Tensor, rope: Tensor) -> Tensor:
-        """Return the update of the residual stream, [B, S, C]."""
+    def forward(self, x_BSC: Tensor, rope: Tensor, attend: Attend = attention) -> Tensor:
+        """Return the update of the residual stream, [B, S, C]; `attend` knows the tokens that are elsewhere."""
         q = split_heads(self.norm_q(self.q(x_BSC)), self.num_heads)
         k = split_heads(self.norm_k(self.k(x_BSC)), self.num_heads)
         q, k = rotate(q, k, rope)
         v = split_heads(self.v(x_BSC), self.num_heads)
-        update: Tensor = self.o(attention(q, k, v).flatten(2))
+        update: Tensor = self.o(attend(q, k, v).flatten(2))
         return update
 
 

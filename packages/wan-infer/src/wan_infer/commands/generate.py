@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wan_infer.commands import cache_options
+from wan_infer.commands import cache_options, parallel_options
 from wan_infer.errors import RequestError
 from wan_infer.tasks import TASKS, Size, Task, check_frames, check_pixels, check_task
 
 if TYPE_CHECKING:
     import torch
 
+    from wan_infer.config import TransformerConfig
     from wan_infer.denoise import OnStep
     from wan_infer.generation import Generation
     from wan_infer.pipeline import WanPipeline
+    from wan_infer.processes import OneProcess
     from wan_infer.vae_tiling import Tiling
 
 _MINI = "t2v-mini"
@@ -77,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--embedding_cache", type=Path, help="a folder to keep the embeddings of prompts in")
 
     cache_options.add_arguments(parser)
+    parallel_options.add_arguments(parser)
 
     out = parser.add_argument_group("the result")
     out.add_argument("--save_file", type=Path, help="an .mp4, or a .png for one frame; a name is made up without it")
@@ -97,18 +100,38 @@ class Job:
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Make the videos, and return a record of each."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RequestError("this version runs in one process; start it with --nproc_per_node=1 or without torchrun")
+    from wan_infer.processes import joined
+
+    task = _task(options)
+    parallel_options.check(options)
+    with joined(_device(options.device)) as processes:
+        arguments, jobs = processes.once(lambda: _planned(task, options))
+        if options.ckpt_dir is None:
+            other = "" if options.task in (None, _MINI) else f", with its own settings and not those of {options.task}"
+            sys.stderr.write(
+                f"no --ckpt_dir: this is wan-mini{other}, which knows handwritten digits that move and nothing else\n"
+            )
+        with _explained_lack_of_memory():
+            return _make(task, options, jobs, arguments, processes)
+
+
+def _task(options: argparse.Namespace) -> Task:
     task = TASKS[options.task or ("t2v-14B" if options.ckpt_dir else _MINI)]
-    if options.ckpt_dir is None and task.name != _MINI:
-        raise RequestError(f"--task {task.name} needs --ckpt_dir, the folder of its checkpoint")
+    if options.ckpt_dir is not None:
+        return task
+    if task.model_type != "t2v" or task.frames == 1:
+        raise RequestError(
+            f"--task {task.name} needs --ckpt_dir, the folder of its checkpoint; without one there is wan-mini, "
+            "which makes videos from text"
+        )
+    return TASKS[_MINI]
+
+
+def _planned(task: Task, options: argparse.Namespace) -> tuple[dict[str, Any], list[Job]]:
+    """Return what all videos have in common, and what is to be made, once all that is cheap to check is checked."""
     arguments = {**_settings(task, options), **_sources(task, options)}
     cache_options.check(options)
-    jobs = _jobs(task, options, arguments["size"], arguments["frames"])
-    if options.ckpt_dir is None:
-        sys.stderr.write("no --ckpt_dir: this is wan-mini, which knows handwritten digits that move and nothing else\n")
-    with _explained_lack_of_memory():
-        return _make(task, options, jobs, arguments)
+    return arguments, _jobs(task, options, arguments["size"], arguments["frames"])
 
 
 def _settings(task: Task, options: argparse.Namespace) -> dict[str, Any]:
@@ -195,21 +218,27 @@ def _made_up_name(task: Task, size: Size, prompt: str) -> str:
 
 
 def _make(
-    task: Task, options: argparse.Namespace, jobs: Sequence[Job], arguments: dict[str, Any]
+    task: Task, options: argparse.Namespace, jobs: Sequence[Job], arguments: dict[str, Any], processes: OneProcess
 ) -> list[dict[str, Any]]:
-    pipe = _pipeline(task, options, offload=len(jobs) == 1 if options.offload_model is None else options.offload_model)
-    tiling = _tiling() if options.vae_tiling else None
+    offload = len(jobs) == 1 if options.offload_model is None else options.offload_model
+    pipe = _pipeline(task, options, arguments, processes, offload=offload)
     arguments = {**arguments, **cache_options.arguments(options, pipe, arguments["steps"])}
     records = []
     for job in jobs:
         with cache_options.notes(), _progress(arguments["steps"], "step", job.prompt) as show:
             made = pipe(job.prompt, seed=job.seed, on_step=_shown_by(show), **arguments)
-        with _progress(made.settings.frames, "frame", "decoding") as show:
-            made.save(job.file, fps=options.fps, overwrite=options.overwrite, tiling=tiling, on_frames=show)
-        if options.contact_sheet:
-            _write_sheet(job.file, made.settings.frames, overwrite=options.overwrite)
-        records.append(_record(job, made, options, task, pipe))
+        records.append(processes.once(partial(_written, job, made, options, task, pipe)))
     return records
+
+
+def _written(job: Job, made: Generation, options: argparse.Namespace, task: Task, pipe: WanPipeline) -> dict[str, Any]:
+    """Write a video and what belongs beside it, and return its record."""
+    tiling = _tiling() if options.vae_tiling else None
+    with _progress(made.settings.frames, "frame", "decoding") as show:
+        made.save(job.file, fps=options.fps, overwrite=options.overwrite, tiling=tiling, on_frames=show)
+    if options.contact_sheet:
+        _write_sheet(job.file, made.settings.frames, overwrite=options.overwrite)
+    return _record(job, made, options, task, pipe)
 
 
 def _tiling() -> Tiling:
@@ -242,24 +271,32 @@ def _write_sheet(file: Path, frames: int, *, overwrite: bool) -> None:
         partial.discard()
 
 
-def _pipeline(task: Task, options: argparse.Namespace, *, offload: bool) -> WanPipeline:
+def _pipeline(
+    task: Task, options: argparse.Namespace, arguments: dict[str, Any], processes: OneProcess, *, offload: bool
+) -> WanPipeline:
     import torch
 
     from wan_infer.checkpoints.loading import open_checkpoint
     from wan_infer.mini import wan_mini
-    from wan_infer.pipeline import WanPipeline
+    from wan_infer.pipeline import WanPipeline, default_dtype
 
-    device = _device(options.device)
     folder = options.ckpt_dir or wan_mini()
-    check_task(task, open_checkpoint(folder).config)
+    dtype = getattr(torch, options.dtype) if options.dtype else default_dtype(processes.device)
+
+    def config() -> TransformerConfig:
+        found = open_checkpoint(folder).config
+        check_task(task, found)
+        return found
+
     return WanPipeline.from_pretrained(
         folder,
-        device=device,
-        dtype=options.dtype and getattr(torch, options.dtype),
+        device=processes.device,
+        dtype=dtype,
         text_device="cpu" if options.t5_cpu else None,
         embedding_cache=options.embedding_cache,
         task=task,
         offload=offload,
+        parallel=parallel_options.parallel(options, processes.once(config), processes, arguments, dtype),
     )
 
 
@@ -279,6 +316,7 @@ def _record(job: Job, made: Generation, options: argparse.Namespace, task: Task,
         **asdict(made.settings),
         "fps": options.fps,
         "vae_tiling": options.vae_tiling,
+        "parallel": pipe.parallel.layout,
         "cache": cache_options.described(options),
         "computed": round(made.computed, 4),
         "dtype": options.dtype or str(default_dtype(pipe.device)).removeprefix("torch."),
@@ -326,11 +364,13 @@ def _explained_lack_of_memory() -> Iterator[None]:
         ) from error
 
 
-def _device(name: str | None) -> torch.device | None:
+def _device(name: str | None) -> torch.device:
     import torch
 
+    from wan_infer.pipeline import default_device
+
     if name is None:
-        return None
+        return default_device()
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
