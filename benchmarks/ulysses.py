@@ -142,7 +142,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def timed(case: Case, rounds: int, *, whole: bool) -> dict[str, Any]:
     """Return for each method the seconds of each round, or why it refuses."""
     size = dist.get_world_size()
-    q, k, v, lengths = _spread(case)
+    q, k, v, lengths = spread(case)
     ready = torch.zeros(case.batch, case.tokens, case.heads // size, case.width, dtype=q.dtype)
     attention: Attention = attend if whole else lambda q, k, v: ready
     chosen = methods(init_device_mesh("cpu", (size,)))
@@ -162,7 +162,7 @@ def timed(case: Case, rounds: int, *, whole: bool) -> dict[str, Any]:
 
 def careful(case: Case, name: str) -> str:
     """Return how far a method is from one process, or why it refuses. That breaks the ranks: one method a start."""
-    q, k, v, lengths = _spread(case)
+    q, k, v, lengths = spread(case)
     expected = attend(*_whole(case))
     start = sum(lengths[: dist.get_rank()])
     method = methods(init_device_mesh("cpu", (dist.get_world_size(),)))[name]
@@ -181,7 +181,8 @@ def _whole(case: Case) -> list[Tensor]:
     return [torch.randn(shape, generator=generator).to(getattr(torch, case.dtype)) for _ in range(3)]
 
 
-def _spread(case: Case) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
+def spread(case: Case) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
+    """Return queries, keys and values of this rank, and the tokens of each rank."""
     lengths = sequence_lengths(case.tokens, dist.get_world_size())
     q, k, v = (tensor.split_with_sizes(lengths, 1)[dist.get_rank()].contiguous() for tensor in _whole(case))
     return q, k, v, lengths

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,13 @@ import torch.distributed as dist
 LIMIT = 60.0  # seconds; a test that hangs ends with this
 LATER = 30.0  # seconds; what a rank may take beyond its time limit to say who was lost
 _CONTEXT = multiprocessing.get_context("forkserver")
+_PRELOADED = (
+    "torch.distributed.device_mesh",
+    "torch._subclasses.fake_tensor",
+    "pytest",
+    "hypothesis",
+    "dit_ulysses.usp",
+)
 
 
 def run_ranks(size: int, function: Callable[..., Any], *arguments: Any, limit: float = LIMIT) -> list[Any]:
@@ -23,7 +32,11 @@ def run_ranks(size: int, function: Callable[..., Any], *arguments: Any, limit: f
 
     A rank that leaves without either, or is not ready in time, has None.
     """
-    _CONTEXT.set_forkserver_preload(["torch", "torch.distributed"])
+    # A rank finds the function by the name that pytest gave to its module, from the folder that the name begins in.
+    root = str(Path(function.__code__.co_filename).parents[function.__module__.count(".")])
+    if root not in sys.path:
+        sys.path.append(root)
+    _CONTEXT.set_forkserver_preload(list(_PRELOADED))
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     ends, processes = [], []
     for rank in range(size):
@@ -77,6 +90,7 @@ def _rank(
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=limit))
+    dist.barrier()  # nobody leaves while others are still connecting
     try:
         end.send(function(*arguments))
     except Exception as error:  # noqa: BLE001  # handed to the test

@@ -59,6 +59,13 @@ def test_ring_is_attention_forward_and_backward(ranks: int) -> None:
             assert max(found) < limit, f"{case}, rank {rank}: {found}"  # NaN fails as well
 
 
+@pytest.mark.parametrize("tokens", [4095, 4097])
+def test_a_long_sequence(tokens: int) -> None:
+    case = Case(lengths=shares(tokens, 2), heads=1, width=4, batch=1)
+    for (found,) in run_all(2, compare, [case]):
+        assert max(found) < FP32
+
+
 def wire(case: Case) -> tuple[dict[str, int], int]:
     q, k, v, grad = case.parts(dist.get_rank())
     with WireMeter() as meter:

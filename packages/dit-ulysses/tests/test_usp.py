@@ -44,7 +44,7 @@ def compare(shape: tuple[int, int], of: list[Case]) -> list[list[float]]:
     return found
 
 
-@pytest.mark.parametrize("shape", [(1, 2), (2, 1), (2, 2), (2, 4), (4, 2)])
+@pytest.mark.parametrize("shape", [(1, 2), (2, 1), (2, 2), (4, 2)])
 def test_usp_is_attention_forward_and_backward(shape: tuple[int, int]) -> None:
     of = cases(shape[0] * shape[1])
     for rank, by_case in enumerate(run_all(shape[0] * shape[1], compare, shape, of)):

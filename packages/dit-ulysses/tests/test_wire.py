@@ -42,7 +42,7 @@ def run(tokens: int, heads: int, dtype: torch.dtype) -> tuple[dict[str, int], di
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("ranks", [1, 4])
 def test_bytes_are_those_of_the_formula(ranks: int, dtype: torch.dtype) -> None:
     tokens, heads = 16, 8
     channels = 2 * heads * 4  # with the batch

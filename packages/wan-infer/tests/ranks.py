@@ -86,6 +86,7 @@ def _rank(
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]  # torch forgot to list it
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=limit))
+    dist.barrier()  # nobody leaves while others are still connecting
     try:
         end.send(function(*arguments))
     except Exception as error:  # noqa: BLE001  # handed to the test

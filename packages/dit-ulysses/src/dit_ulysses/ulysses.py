@@ -24,7 +24,7 @@ from dit_ulysses.agreement import agree, telling
 from dit_ulysses.errors import ShapeError
 from dit_ulysses.peers import Peers
 from dit_ulysses.shares import HeadShare, Lengths, check_lengths, head_shares, lengths_fact
-from dit_ulysses.wire import Arriving, all_to_all, exchange, open_meters
+from dit_ulysses.wire import Arriving, all_to_all, exchange, exchange_packed, open_meters
 
 Layout = Literal["BSND", "BNSD"]
 Attention = Callable[..., Tensor]  # (q, k, v) or, with a mask, (q, k, v, mask)
@@ -245,10 +245,12 @@ class _ScatterHeads(torch.autograd.Function):
         packed = [sum(end - start for start, end in of_rank) for of_rank in zip(*heads, strict=True)]
         out = [here * batch * width * count for count in packed]
         into = [length * batch * width * packed[rank] for length in lengths]
-        sent = tensors[0].new_empty(sum(out))
-        for piece, of_rank, count in zip(sent.split(out), zip(*heads, strict=True), packed, strict=True):
-            _copy(piece.view(here, batch, count, width), of_rank, tensors, into=True)
-        received = exchange(sent, out, into, peers, "tokens to heads", arriving)
+
+        def pack(of: int, piece: Tensor) -> None:
+            chosen = [of_tensor[of] for of_tensor in heads]
+            _copy(piece.view(here, batch, packed[of], width), chosen, tensors, into=True)
+
+        received = exchange_packed(pack, tensors[0], out, into, peers, "tokens to heads", arriving)
         whole = received.view(sum(lengths), batch, packed[rank], width)
         return tuple(whole.split([of[rank][1] - of[rank][0] for of in heads], dim=2))
 

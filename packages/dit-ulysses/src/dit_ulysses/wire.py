@@ -7,7 +7,7 @@ no other collective, and any backend that has ``all_to_all_single`` runs it (glo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
@@ -120,15 +120,13 @@ def exchange(
     sent: Tensor, counts_out: Counts, counts_in: Counts, peers: Peers, name: str, arriving: Arriving, meters: Any = None
 ) -> Tensor:
     """Start `all_to_all`, outside of autograd; `meters` are those that were open in the forward pass."""
-    received = torch.empty(sum(counts_in), dtype=sent.dtype, device=sent.device)
-    size = sent.element_size()
-    count(name, (sum(counts_out) - counts_out[peers.rank]) * size, meters)
-    if peers.size == 1:
-        received.copy_(sent)
-        return received
     sent = sent.contiguous()
-    if dist.get_backend(peers.group) == dist.Backend.GLOO:
-        _exchange_in_pairs(sent, received, counts_out, counts_in, peers, arriving)
+    received = sent.new_empty(sum(counts_in))
+    _count_pieces(name, sent, counts_out, peers, meters)
+    if _goes_in_pairs(peers):
+        pieces = sent.split(list(counts_out))
+        _exchange_in_pairs(pieces.__getitem__, received, counts_out, counts_in, peers, arriving)
+        received.split(list(counts_in))[peers.rank].copy_(pieces[peers.rank])
         return received
     with naming_the_lost(peers, peers.names):
         work = dist.all_to_all_single(
@@ -138,20 +136,64 @@ def exchange(
     return received
 
 
+def exchange_packed(
+    pack: Callable[[int, Tensor], None],
+    like: Tensor,
+    counts_out: Counts,
+    counts_in: Counts,
+    peers: Peers,
+    name: str,
+    arriving: Arriving,
+) -> Tensor:
+    """As `exchange`, of pieces that do not lie ready: `pack(rank, piece)` writes them.
+
+    Where it can be, one is sent while the next is written, and what stays here is written where it is wanted.
+    """
+    if not _goes_in_pairs(peers):
+        sent = like.new_empty(sum(counts_out))
+        for rank, piece in enumerate(sent.split(list(counts_out))):
+            pack(rank, piece)
+        return exchange(sent, counts_out, counts_in, peers, name, arriving)
+
+    def packed(rank: int) -> Tensor:
+        piece = like.new_empty(counts_out[rank])
+        pack(rank, piece)
+        return piece
+
+    received = like.new_empty(sum(counts_in))
+    _count_pieces(name, like, counts_out, peers, None)
+    _exchange_in_pairs(packed, received, counts_out, counts_in, peers, arriving)
+    pack(peers.rank, received.split(list(counts_in))[peers.rank])
+    return received
+
+
+def _count_pieces(name: str, like: Tensor, counts_out: Counts, peers: Peers, meters: Any) -> None:
+    count(name, (sum(counts_out) - counts_out[peers.rank]) * like.element_size(), meters)
+
+
+def _goes_in_pairs(peers: Peers) -> bool:
+    # Gloo's own collective serves one rank after the other, in a thread of its own; in pairs, all are served at once.
+    return peers.size == 1 or dist.get_backend(peers.group) == dist.Backend.GLOO
+
+
 def _exchange_in_pairs(
-    sent: Tensor, received: Tensor, counts_out: Counts, counts_in: Counts, peers: Peers, arriving: Arriving
+    piece_out: Callable[[int], Tensor],
+    received: Tensor,
+    counts_out: Counts,
+    counts_in: Counts,
+    peers: Peers,
+    arriving: Arriving,
 ) -> None:
-    """What gloo's own collective does one pair after the other, in a thread of its own: all pairs at once."""
-    pieces_out, pieces_in = sent.split(list(counts_out)), received.split(list(counts_in))
+    pieces_in = received.split(list(counts_in))
     for step in range(1, peers.size):
         to, of = (peers.rank + step) % peers.size, (peers.rank - step) % peers.size
-        if counts_out[to]:
-            with naming_the_lost(peers, (peers.names[to],)):
-                arriving.add(dist.isend(pieces_out[to], peers.names[to], peers.group), (peers.names[to],))
         if counts_in[of]:
             with naming_the_lost(peers, (peers.names[of],)):
                 arriving.add(dist.irecv(pieces_in[of], peers.names[of], peers.group), (peers.names[of],))
-    pieces_in[peers.rank].copy_(pieces_out[peers.rank])
+        if counts_out[to]:
+            piece = piece_out(to)
+            with naming_the_lost(peers, (peers.names[to],)):
+                arriving.add(dist.isend(piece, peers.names[to], peers.group), (peers.names[to],))
 
 
 def shift(
