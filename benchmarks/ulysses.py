@@ -2,7 +2,8 @@
 
     python benchmarks/ulysses.py --ranks 2 4 --output ulysses.json
 
-Every method gets the same queries, keys and values, spread over the same gloo ranks of one machine, and takes turns.
+Every method gets the same queries, keys and values, spread over the same gloo ranks of one machine, and takes turns,
+another first in each round.
 The "exchange" is what stands around attention: from the tokens of a rank to its heads, and back; the attention is a
 tensor that lies ready. "whole" has torch's attention in it: what is looked at in place, and not copied, may cost the
 kernel something. Times are those of the slowest rank, medians over rounds. Then the cases that need care: every method
@@ -148,7 +149,9 @@ def timed(case: Case, rounds: int, *, whole: bool) -> dict[str, Any]:
     chosen = methods(init_device_mesh("cpu", (size,)))
     seconds: dict[str, list[float]] = {name: [] for name in chosen}
     for turn in range(rounds + 1):
-        for name, method in chosen.items():
+        names = list(chosen)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            method = chosen[name]
             dist.barrier()
             started = time.perf_counter()
             with torch.no_grad():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -9,11 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+from ranks import run_all
 
 from dit_ulysses import Costs, ParallelPlan
 from dit_ulysses.cli import main
 
 PLAN = ("plan", "--world", "8", "--heads", "12", "--tokens", "32760", "--guided")
+PROBE = ("probe", "--seconds", "0.05", "--output", "costs.json")
 
 
 @pytest.fixture(autouse=True)
@@ -78,33 +83,44 @@ def test_a_probe_needs_torchrun(capsys: pytest.CaptureFixture[str]) -> None:
     assert "torchrun --nproc_per_node=4 -m dit_ulysses probe" in capsys.readouterr().err
 
 
-def _torchrun(folder: Path, *arguments: str) -> tuple[int, str, str]:
-    """Two ranks, started by torchrun itself."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "dit_ulysses"]
-    found = subprocess.run(
-        [*start, "probe", "--seconds", "0.05", *arguments],
-        cwd=folder,
+def test_a_probe_is_written_once_and_printed_by_one_rank(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "dit_ulysses"]
+    done = subprocess.run(
+        [*command, *PROBE],
+        cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
-    return found.returncode, found.stdout, found.stderr
-
-
-def test_a_probe_is_written_once_and_printed_by_one_rank(tmp_path: Path) -> None:
-    code, out, err = _torchrun(tmp_path, "--output", "costs.json")
-    assert code == 0, err
-    assert out.count("latency_inside") == 1
-    assert "what sending between nodes costs stays a guess" in out
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("latency_inside") == 1
+    assert "what sending between nodes costs stays a guess" in done.stdout
     costs = Costs.load(tmp_path / "costs.json")
-    assert str(costs) in out
+    assert str(costs) in done.stdout
     assert costs.ranks_per_node == 2
-    code, out, err = _torchrun(tmp_path, "--output", "costs.json")
-    assert code != 0
-    assert err.count("costs.json exists; name another file, or say --overwrite") == 1
-    assert not out
+
+
+def probe_again(folder: Path, port: int) -> tuple[int, str, str]:
+    """In the job of a store that somebody else holds, as torchrun does."""
+    dist.destroy_process_group()
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.chdir(folder)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(PROBE)
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_a_file_that_is_there_is_refused_once_by_all_ranks(tmp_path: Path) -> None:
+    (tmp_path / "costs.json").write_text("precious")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    first, second = run_all(2, probe_again, tmp_path, store.port)
+    assert (first[0], first[1]) == (2, "")
+    assert first[2].count("costs.json exists; name another file, or say --overwrite") == 1
+    assert second == (2, "", "")
+    assert (tmp_path / "costs.json").read_text() == "precious"
 
 
 HELP = """

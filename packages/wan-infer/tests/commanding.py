@@ -12,6 +12,8 @@ PROMPT = "the digit 7 moves up"
 # The smallest thing that wan-mini makes: one or five frames in two steps.
 QUICK = ["--prompt", PROMPT, "--sample_steps", "2", "--device", "cpu", "--base_seed", "3"]
 VIDEO = [*QUICK, "--frame_num", "5", "--save_file", "out.mp4"]
+# What two videos of other roundings are apart: a byte is rounded to the other side now and then.
+BYTE = 1.01 / 127.5
 
 
 def left(folder: Path) -> list[str]:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import tiny_pipeline as tiny
 import tiny_wan
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+import dit_ulysses.lost
 from dit_cache import CacheConfig
 from dit_ulysses import ParallelPlan
-from wan_infer import WanPipeline, wan_mini
+from wan_infer import WanPipeline, denoise, wan_mini
 from wan_infer.cli import main
 from wan_infer.errors import RequestError
 from wan_infer.parallel import Alone, Parallel, Whole
@@ -29,9 +33,10 @@ ALONE: Layout = (1, 1, 1)
 FIVE = replace(tiny_wan.TRANSFORMERS["t2v"], dim=60, num_heads=5)
 TINY: dict[str, Any] = {"size": (80, 48), "frames": 9, "steps": 2, "seed": 5, "guidance": 4.0}
 MINI: dict[str, Any] = {"prompt": "the digit 3 moves left", "seed": 1, "frames": 17}
-STEPS = {"attention": 50}  # the walk-through's numbers; 8 for others
+STEPS = {"attention": 50, "attention, shorter": 20}  # the walk-through's numbers, and in proportion; 8 for others
 CACHES: dict[str, CacheConfig] = {
     "attention": CacheConfig("attention_cache", 6, 50, step_start=20, step_interval=2, step_end=37),
+    "attention, shorter": CacheConfig("attention_cache", 6, 20, step_start=8, step_interval=2, step_end=15),
     "range": CacheConfig("dit_block_cache", 6, 8, step_start=2, step_interval=2, block_start=1, block_end=5),
 }
 
@@ -101,9 +106,16 @@ def refusals(layout: Layout) -> list[str]:
     return said
 
 
+def schedules(folder: Path) -> Path:
+    """Where the command keeps what it has searched."""
+    return folder.parent / "cache"
+
+
 def commands(folder: Path, runs: Sequence[Sequence[str]]) -> list[tuple[int, str, str]]:
     """Return code, stdout and stderr of each run of the command on this rank."""
+    folder.mkdir(exist_ok=True)
     os.chdir(folder)
+    os.environ["XDG_CACHE_HOME"] = str(schedules(folder))
     results = []
     for argv in runs:
         out, err = io.StringIO(), io.StringIO()
@@ -114,3 +126,20 @@ def commands(folder: Path, runs: Sequence[Sequence[str]]) -> list[tuple[int, str
                 code = int(str(ended.code))
         results.append((code, out.getvalue(), err.getvalue()))
     return results
+
+
+def loses(folder: Path, lost: int, argv: Sequence[str]) -> tuple[int, str, str]:
+    """As `commands`, and one rank is killed in its second step."""
+    steps = count(1)
+
+    def guide(*arguments: Any) -> Any:
+        if next(steps) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return denoise_guide(*arguments)
+
+    denoise_guide = vars(denoise)["guide"]
+    if dist.get_rank() == lost:
+        vars(denoise)["guide"] = guide
+    vars(dit_ulysses.lost)["_GRACE"] = 1.0  # seconds; of two ranks nobody else can be late
+    (result,) = commands(folder, [argv])
+    return result

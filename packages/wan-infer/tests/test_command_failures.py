@@ -15,6 +15,7 @@ import pytest
 import tiny_wan
 import torch
 from commanding import QUICK, VIDEO, fails, left
+from full_disk import full_disk
 
 from wan_infer.cli import main
 from wan_infer.commands import generate
@@ -233,17 +234,10 @@ def test_ctrl_c_while_writing(
     assert left(folder) == []
 
 
-def test_a_full_disk(folder: Path) -> None:
-    """The limit of a process on the size of its files fails as a full disk does."""
-    prelude = (
-        "import resource\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"
-    )
-    process = start(VIDEO, prelude)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert "wan-infer: error: cannot write out.mp4: File too large; nothing was left behind" in err
-    assert "Traceback" not in err
+def test_a_full_disk(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with full_disk(2000):
+        message = fails(capsys, *VIDEO)
+    assert message == "cannot write out.mp4: File too large; nothing was left behind"
     assert left(folder) == []
 
 

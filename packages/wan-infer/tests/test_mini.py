@@ -10,7 +10,7 @@ from wan_infer.checkpoints.loading import load_vae, open_checkpoint
 from wan_infer.config import LATENTS_MEAN, LATENTS_STD, TRANSFORMERS
 from wan_infer.mini import train, wan_mini
 from wan_infer.mini.clips import DIRECTIONS, FRAMES, SIZE, Clip, captions, digits, draw_clips, draw_video
-from wan_infer.mini.judge import clean_judge, verdicts
+from wan_infer.mini.judge import Judge, clean_judge, verdicts
 from wan_infer.mini.words import make_tokenizer
 from wan_infer.vae import WanVae
 
@@ -89,9 +89,14 @@ def test_wan_mini_is_small() -> None:
     assert sum(path.stat().st_size for path in files) < 6_000_000
 
 
-def test_the_judge_reads_clean_clips_and_reconstructions() -> None:
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    return clean_judge(600)
+
+
+def test_the_judge_reads_clean_clips_and_reconstructions(judge: Judge) -> None:
     """It is no weaker than the bound it has to guard, and does not mind how the VAE paints."""
-    judge, unseen = clean_judge(600), clips(20, 99)
+    unseen = clips(20, 99)
     assert sum(judge.read(clip.video) == (clip.digit, clip.direction) for clip in unseen) >= 19
     vae = load_vae(wan_mini())
     with torch.inference_mode():
@@ -100,9 +105,8 @@ def test_the_judge_reads_clean_clips_and_reconstructions() -> None:
     assert sum(a == (b.digit, b.direction) for a, b in zip(seen, unseen, strict=True)) >= 19
 
 
-def test_the_judge_is_not_pleased_by_anything() -> None:
+def test_the_judge_is_not_pleased_by_anything(judge: Judge) -> None:
     """A clip that shows another digit, or goes another way, is not what was asked for."""
-    judge = clean_judge(600)
     images, labels = digits()
     for asked, shown in ((3, 8), (1, 7), (0, 6)):
         image = images[labels == shown][0]
@@ -112,9 +116,9 @@ def test_the_judge_is_not_pleased_by_anything() -> None:
     assert judge.read(backwards)[1] == "right"
 
 
-def test_wan_mini_tells_the_truth() -> None:
+def test_wan_mini_tells_the_truth(judge: Judge) -> None:
     """Every digit in every direction, with seeds that training did not use; `wan_infer.mini.judge` does it with 200."""
-    judged = list(verdicts(clean_judge(), 40, device="cpu"))
+    judged = list(verdicts(judge, 40, device="cpu"))
     wrong = [(verdict.asked, verdict.seen) for verdict in judged if verdict.asked != verdict.seen]
     assert len({verdict.asked for verdict in judged}) == 40
     assert len(wrong) <= 4, wrong

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import parallel_cases as cases
 import pytest
 import torch
-from commanding import QUICK, VIDEO, left
-from ranks import run_all
+from commanding import BYTE, QUICK, VIDEO, left
+from ranks import run_all, run_ranks
 
 from dit_cache import Schedule
 from wan_infer import WanPipeline, wan_mini
 from wan_infer.caching import made_of, problem
+from wan_infer.cli import main
 from wan_infer.parallel import Alone
+from wan_infer.video import read_frames
 
 # What rounding in float32 comes to over the steps, of latents of about 6; a wrong shard is off by 0.1 and more. Few,
 # large steps of wan-mini make more of a rounding, up to 4e-5 for 4 of them, so it takes those of the walk-through here.
@@ -31,7 +34,12 @@ MODELS: dict[int, tuple[str, ...]] = {
     4: ("five", "i2v", "vace"),
     8: ("five", "one token"),  # where heads and tokens run out
 }
-CACHES: dict[int, tuple[str | None, ...]] = {2: (None, "range", "schedule"), 4: (), 8: ("attention",)}
+CACHES: dict[cases.Layout, tuple[str | None, ...]] = {
+    (1, 2, 1): (None, "range", "schedule"),
+    (2, 1, 1): (None, "range", "schedule"),
+    (1, 8, 1): ("attention",),
+    (2, 2, 2): ("attention, shorter",),
+}
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +56,15 @@ def schedule(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("ranks", LAYOUTS)
 def test_latents_are_those_of_one_process(ranks: int, schedule: str) -> None:
-    caches = [schedule if cache == "schedule" else cache for cache in CACHES[ranks]]
-    kinds = [*((model, None) for model in MODELS[ranks]), *(("mini", cache) for cache in caches)]
-    alone = cases.latents([(*kind, cases.ALONE) for kind in kinds])
-    wanted = [(*kind, layout) for layout in LAYOUTS[ranks] for kind in kinds]
+    wanted: list[tuple[str, str | None, cases.Layout]] = []
+    for layout in LAYOUTS[ranks]:
+        caches = [schedule if cache == "schedule" else cache for cache in CACHES.get(layout, ())]
+        wanted += [(model, None, layout) for model in MODELS[ranks]] + [("mini", cache, layout) for cache in caches]
+    kinds = list(dict.fromkeys((kind, cache) for kind, cache, _ in wanted))
+    alone = dict(zip(kinds, cases.latents([(*kind, cases.ALONE) for kind in kinds]), strict=True))
     every = run_all(ranks, cases.latents, wanted)
     for index, (kind, cache, layout) in enumerate(wanted):
-        off = (every[0][index] - alone[index % len(kinds)]).abs().max().item()
+        off = (every[0][index] - alone[kind, cache]).abs().max().item()
         assert off <= EXACT, (kind, cache, layout)
         assert all(torch.equal(of_rank[index], every[0][index]) for of_rank in every), "all have the same"
 
@@ -130,13 +140,33 @@ class TestCommand:
             assert words in err
         assert left(folder) == []
 
+    def test_a_schedule_that_one_process_has_found(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cases.schedules(folder)))
+        asked = [*VIDEO[:-2], "--sample_steps", "4", "--cache", "auto:0.5", "--save_file"]
+        assert main([*asked, "one.mp4"]) == 0
+        ((code, _, said),) = self.run(2, folder, [*asked, "two.mp4", "--ulysses_size", "2"])
+        assert code == 0, said
+        assert "search" not in said
+        records = [json.loads(Path(f"{name}.mp4.json").read_text()) for name in ("one", "two")]
+        assert [(record["cache"], record["computed"]) for record in records] == [("auto:0.5", 0.5)] * 2
+        torch.testing.assert_close(read_frames("two.mp4"), read_frames("one.mp4"), rtol=0, atol=BYTE)
+
+    def test_a_process_that_is_lost_ends_the_others(self, folder: Path) -> None:
+        losses = [(0, "--cfg_size"), (1, "--ulysses_size")]
+        folders = [folder / f"without-{lost}" for lost, _ in losses]
+        with ThreadPoolExecutor(len(losses)) as pool:
+            started = [
+                pool.submit(run_ranks, 2, cases.loses, at, lost, [*VIDEO, "--sample_steps", "4", size, "2"])
+                for at, (lost, size) in zip(folders, losses, strict=True)
+            ]
+        for at, (lost, _), results in zip(folders, losses, started, strict=True):
+            code, out, err = results.result()[1 - lost]
+            assert (code, out) == (2, "")
+            assert f"wan-infer: error: rank {lost} was lost while rank {1 - lost} exchanged" in err
+            assert "Traceback" not in err
+            assert left(at) == []
+
     def test_several_without_torchrun(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert "torchrun --nproc_per_node=4 -m wan_infer" in fails_with_line(capsys)
+        assert main([*VIDEO, "--cfg_size", "2", "--ulysses_size", "2"]) == 2
+        assert "torchrun --nproc_per_node=4 -m wan_infer" in capsys.readouterr().err
         assert left(folder) == []
-
-
-def fails_with_line(capsys: pytest.CaptureFixture[str]) -> str:
-    from wan_infer.cli import main
-
-    assert main([*VIDEO, "--cfg_size", "2", "--ulysses_size", "2"]) == 2
-    return capsys.readouterr().err

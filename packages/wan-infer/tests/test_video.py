@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from full_disk import full_disk
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -149,22 +148,6 @@ def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
 
 # ---- what fails leaves nothing --------------------------------------------------------------------------------------
 
-FULL_DISK = """
-import resource, signal, sys
-import torch
-from wan_infer.errors import OutputError
-from wan_infer.video import VideoWriter
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
-generator = torch.Generator().manual_seed(0)
-try:
-    with VideoWriter(sys.argv[1]) as video:
-        for _ in range(int(sys.argv[3])):
-            video.write(torch.rand(3, 1, 96, 96, generator=generator) * 2 - 1)
-except OutputError as error:
-    sys.exit(str(error))
-"""
-
 
 @pytest.mark.parametrize(
     ("name", "limit", "frames"),
@@ -176,10 +159,11 @@ except OutputError as error:
     ],
 )
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, name: str, limit: int, frames: int) -> None:
-    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / name), str(limit), str(frames)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.stderr == f"cannot write {tmp_path / name}: File too large; nothing was left behind\n"
-    assert done.returncode == 1
+    generator, file = torch.Generator().manual_seed(0), tmp_path / name
+    noise = (torch.rand(3, 1, 96, 96, generator=generator) * 2 - 1 for _ in range(frames))
+    with pytest.raises(OutputError) as error, full_disk(limit):
+        _write(file, noise)
+    assert str(error.value) == f"cannot write {file}: File too large; nothing was left behind"
     assert _left(tmp_path) == []
 
 

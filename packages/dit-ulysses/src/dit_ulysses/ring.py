@@ -22,9 +22,9 @@ from torch.autograd.function import once_differentiable
 from dit_ulysses.agreement import agree
 from dit_ulysses.blocks import Block, BlockKernel, kernel_for, merge, wide
 from dit_ulysses.errors import ShapeError
+from dit_ulysses.inputs import Layout, check_attention_inputs, check_mask
 from dit_ulysses.peers import Peers
 from dit_ulysses.shares import Lengths, check_lengths, spans
-from dit_ulysses.ulysses import Layout, check_attention_inputs, check_mask
 from dit_ulysses.wire import Arriving, open_meters, shift
 
 

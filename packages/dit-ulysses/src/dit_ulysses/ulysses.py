@@ -22,16 +22,14 @@ from torch import Tensor
 
 from dit_ulysses.agreement import agree, telling
 from dit_ulysses.errors import ShapeError
+from dit_ulysses.inputs import FROM_SBND, TO_SBND, Joint, Layout, check_attention_inputs, check_joint, check_mask
 from dit_ulysses.peers import Peers
 from dit_ulysses.shares import HeadShare, Lengths, check_lengths, head_shares, lengths_fact
 from dit_ulysses.wire import Arriving, all_to_all, exchange, exchange_packed, open_meters
 
-Layout = Literal["BSND", "BNSD"]
 Attention = Callable[..., Tensor]  # (q, k, v) or, with a mask, (q, k, v, mask)
-Joint = tuple[Tensor, Tensor, Tensor]  # queries, keys and values of tokens that every rank holds
 
-_PACKED = 1 << 18  # bytes of queries for one rank; measured on gloo, see benchmarks/ulysses.py
-_LAYOUTS: dict[str, tuple[int, int, int, int]] = {"BSND": (1, 0, 2, 3), "BNSD": (2, 0, 1, 3)}  # to SBND
+_PACKED = 1 << 20  # bytes of queries for one rank; measured on gloo, see benchmarks/ulysses.py
 
 _JOINT = ("joint queries", "joint keys", "joint values")
 
@@ -88,7 +86,7 @@ def ulysses_attention(
     with telling(peers, "ulysses_attention"):
         call = _read(peers, q, k, v, layout, lengths, kv_lengths, mask, joint, joint_at, chunks)
     agree(peers, call.facts())
-    inputs = [tensor.permute(_LAYOUTS[layout]) for tensor in (q, k, v)]
+    inputs = [tensor.permute(TO_SBND[layout]) for tensor in (q, k, v)]
     started = [call.scatter_heads(inputs, shares) for shares in call.shares]
     parts, joint_parts = [], []
     for (tensors, arriving), shares in zip(started, call.shares, strict=True):
@@ -171,7 +169,7 @@ class _Call:
         if self.joint is not None:
             spans_of_heads = ((share.start, share.end), *[(share.kv_start, share.kv_end)] * 2)
             q_SBND, k_SBND, v_SBND = (
-                self._with_joint(tensor, joint.permute(_LAYOUTS[self.layout])[:, :, start:end])
+                self._with_joint(tensor, joint.permute(TO_SBND[self.layout])[:, :, start:end])
                 for tensor, joint, (start, end) in zip(
                     (q_SBND, k_SBND, v_SBND), self.joint, spans_of_heads, strict=True
                 )
@@ -183,7 +181,7 @@ class _Call:
         if share.index is not None:
             index = torch.tensor(share.index, device=k_SBND.device)
             k_SBND, v_SBND = k_SBND.index_select(2, index), v_SBND.index_select(2, index)
-        back = _inverse(_LAYOUTS[self.layout])
+        back = FROM_SBND[self.layout]
         arguments = [tensor.permute(back) for tensor in (q_SBND, k_SBND, v_SBND)]
         if self.mask is not None:
             arguments.append(self.mask[:, share.start : share.end] if self.mask.shape[1] > 1 else self.mask)
@@ -193,7 +191,7 @@ class _Call:
                 f"the attention returned {list(out.shape)} for queries {list(arguments[0].shape)} in the layout "
                 f"{self.layout}; the same shape is expected"
             )
-        return out.permute(_LAYOUTS[self.layout])
+        return out.permute(TO_SBND[self.layout])
 
     def split_joint(self, out_SBND: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows of the spread tokens and those of the joint ones."""
@@ -223,7 +221,7 @@ class _Call:
         for _, arriving in parts:
             arriving.wait()
         by_rank = [piece for of_rank in zip(*(pieces for pieces, _ in parts), strict=True) for piece in of_rank]
-        return torch.cat(by_rank, dim=2).permute(_inverse(_LAYOUTS[self.layout]))
+        return torch.cat(by_rank, dim=2).permute(FROM_SBND[self.layout])
 
     def _with_joint(self, tensor: Tensor, joint: Tensor) -> Tensor:
         return torch.cat([joint, tensor] if self.joint_at == "front" else [tensor, joint])
@@ -311,7 +309,7 @@ def _read(
     elif kv_lengths is None and lengths is not None:
         raise ShapeError(f"keys have {kv_here} tokens here and queries {here}; give kv_lengths beside lengths")
     kv_own = check_lengths(kv_lengths, peers.size, peers.rank, kv_here, "kv_lengths")
-    extra = (0, 0) if joint is None else _check_joint(joint, q, k, layout)
+    extra = (0, 0) if joint is None else check_joint(joint, q, k, layout)
     if mask is not None:
         check_mask(mask, q.shape[0], q.shape[at_heads], sum(own) + extra[0], sum(kv_own) + extra[1])
     return _Call(
@@ -337,55 +335,3 @@ def _trained(tensors: dict[str, Tensor | None]) -> tuple[str, ...]:
     if not torch.is_grad_enabled():
         return ()
     return tuple(name for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad)
-
-
-def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, layout: str) -> None:
-    """Raise ShapeError unless these are queries, keys and values in this layout."""
-    if layout not in _LAYOUTS:
-        raise ShapeError(f"layout is {layout!r}; there are {', '.join(_LAYOUTS)}")
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.ndim != 4 or tensor.dtype != q.dtype:
-            raise ShapeError(
-                f"{name} is {tensor.dtype} {list(tensor.shape)}; {q.dtype} {layout} of 4 dimensions is expected"
-            )
-    if k.shape != v.shape:
-        raise ShapeError(f"k is {list(k.shape)} and v is {list(v.shape)}; the same shape is expected")
-    at_heads = layout.index("N")
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ShapeError(f"q is {list(q.shape)} and k is {list(k.shape)} in {layout}; batch and channels have to fit")
-    if not k.shape[at_heads] or q.shape[at_heads] % k.shape[at_heads]:
-        raise ShapeError(
-            f"there are {q.shape[at_heads]} query heads and {k.shape[at_heads]} of keys and values; the latter have to "
-            "divide the former"
-        )
-
-
-def check_mask(mask: Tensor, batch: int, heads: int, queries: int, keys: int) -> None:
-    """Raise ShapeError unless a mask is broadcastable to whole sequences."""
-    wanted = (batch, heads, queries, keys)
-    if mask.ndim != 4 or any(size not in (1, full) for size, full in zip(mask.shape, wanted, strict=True)):
-        raise ShapeError(
-            f"mask is {list(mask.shape)}; 4 dimensions that broadcast to [B, N, S, T] = {list(wanted)} are expected: "
-            "all tokens of all ranks"
-        )
-
-
-def _check_joint(joint: Joint, q: Tensor, k: Tensor, layout: Layout) -> tuple[int, int]:
-    """Return the numbers of joint queries and keys."""
-    check_attention_inputs(*joint, layout)
-    at_heads, tokens = layout.index("N"), layout.index("S")
-    for name, tensor, like in (("queries", joint[0], q), ("keys", joint[1], k)):
-        if (tensor.shape[0], tensor.shape[at_heads], tensor.shape[3]) != (
-            like.shape[0],
-            like.shape[at_heads],
-            like.shape[3],
-        ):
-            raise ShapeError(
-                f"joint {name} are {list(tensor.shape)} beside {list(like.shape)} in {layout}; only the number of "
-                "tokens may differ"
-            )
-    return joint[0].shape[tokens], joint[1].shape[tokens]
-
-
-def _inverse(order: Sequence[int]) -> tuple[int, ...]:
-    return tuple(sorted(range(len(order)), key=order.__getitem__))

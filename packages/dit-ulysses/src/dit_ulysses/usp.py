@@ -14,10 +14,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from dit_ulysses.agreement import agree
 from dit_ulysses.blocks import BlockKernel
 from dit_ulysses.errors import DisagreementError, GroupError
+from dit_ulysses.inputs import Layout
 from dit_ulysses.peers import Peers
 from dit_ulysses.ring import read_tokens, ring_attention
 from dit_ulysses.shares import Lengths, head_shares
-from dit_ulysses.ulysses import Attention, Layout, ulysses_attention
+from dit_ulysses.ulysses import Attention, ulysses_attention
 
 _NAMES = ("ring", "ulysses")
 
