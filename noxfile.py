@@ -100,6 +100,14 @@ def tests(session: nox.Session) -> None:
     session.run(python, "-m", "pytest", *SIDE_BY_SIDE, *session.posargs, external=True, env=ONE_THREAD)
 
 
+@nox.session(name="envcheck-fuzz", venv_backend="none")
+def envcheck_fuzz(session: nox.Session) -> None:
+    """10,000 mutated machines and 10,000 mutated logs through ascend-envcheck: no traceback; minutes, not in CI."""
+    python = str(_everything(session).python)
+    tests = str(PACKAGES["ascend-envcheck"].tests / "test_fuzz.py")
+    session.run(python, "-m", "pytest", tests, external=True, env={**ONE_THREAD, "ENVCHECK_FUZZ_ROUNDS": "10000"})
+
+
 @nox.session(venv_backend="none")
 def wheels(session: nox.Session) -> None:
     """Build every distribution, its wheel also from its sdist; twine check --strict; look at the contents."""

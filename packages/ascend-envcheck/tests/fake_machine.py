@@ -12,9 +12,13 @@ from ascend_envcheck import Report, Snapshot, check, collect
 
 ASCEND = "/usr/local/Ascend"
 
+HDK = "25.2.0"  # the driver that the vendor pairs with CANN 8.2.RC1
+WAN_NEEDS = ("safetensors", "ftfy", "pillow", "av", "tqdm")
+CANN_NEEDS = ("numpy", "decorator", "sympy", "cffi", "protobuf", "attrs", "pyyaml", "scipy", "requests", "absl-py")
+
 TABLE = """\
 +------------------------------------------------------------------------------------------------+
-| npu-smi 24.1.0                   Version: 24.1.0                                               |
+| npu-smi 25.2.0                   Version: 25.2.0                                               |
 +---------------------------+---------------+----------------------------------------------------+
 | NPU   Name                | Health        | Power(W)    Temp(C)           Hugepages-Usage(page)|
 | Chip                      | Bus-Id        | AICore(%)   Memory-Usage(MB)  HBM-Usage(MB)        |
@@ -60,10 +64,35 @@ class FakeMachine:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.symlink_to(target)
 
-    def npu(self, table: str = TABLE) -> None:
+    def npu(self, table: str = TABLE, *, hdk: str = HDK) -> None:
+        """One NPU with its driver and firmware, all of which are in order."""
+        self.driver(hdk)
+        self.firmware("7.7.0.1.231")
+        table = table.replace(HDK, hdk)
         for name in ("davinci0", "davinci_manager", "devmm_svm", "hisi_hdc"):
             self.file(f"/dev/{name}")
         self.npu_smi(f"cat <<'END'\n{table}END\n")
+
+    def driver(self, version: str, *, firmware: str = "[7.0.0,8.9.9]") -> None:
+        home = f"{ASCEND}/driver"
+        self.file("/etc/ascend_install.info", f"Driver_Install_Path_Param={ASCEND}\nDriver_Install_Status=complete\n")
+        self.file(
+            f"{home}/version.info",
+            f"Version={version}\nInnerversion=V100R001C23\ncompatible_version=[V100R001C19],[V100R001C20]\n"
+            f"compatible_version_fw={firmware}\npackage_version={version}\n",
+        )
+        for folder in ("", "/common", "/driver"):
+            self.file(f"{home}/lib64{folder}/libascend_{folder.strip('/') or 'top'}.so")
+        self.file(f"{home}/lib64/driver/libascend_hal.so")
+
+    def firmware(self, version: str, *, drivers: str = "[24.1,24.1.],[25.0,25.0.],[25.2,25.2.],[25.5,25.5.]") -> None:
+        text = f"Version={version}\nfirmware_version={version}\ncompatible_version_drv={drivers}\n"
+        self.file(f"{ASCEND}/firmware/version.info", text)
+
+    def kernels(self, home: str, *socs: str) -> None:
+        """The operator kernels of these SoCs in a CANN home."""
+        for soc in socs:
+            self.file(f"{home}/opp/built-in/op_impl/ai_core/tbe/kernel/config/{soc}/add.json")
 
     def npu_smi(self, script: str) -> None:
         self.file("/usr/local/bin/npu-smi", f"#!/bin/sh\n{script}").chmod(0o755)
@@ -75,6 +104,7 @@ class FakeMachine:
         self.file(f"{tree}/set_env.sh")
         self.file(f"{tree}/{version}/lib64/libascendcl.so")
         self.link(f"{tree}/latest", version)
+        self.kernels(f"{tree}/{version}", "ascend910b")
         return f"{tree}/latest"
 
     def new_cann(self, version: str) -> str:
@@ -84,12 +114,17 @@ class FakeMachine:
         self.file(f"{home}/set_env.sh")
         self.file(f"{home}/lib64/libascendcl.so")
         self.link(f"{ASCEND}/cann", f"cann-{version}")
+        self.kernels(home, "ascend910b")
         return f"{ASCEND}/cann"
 
     def source(self, home: str) -> None:
         """What set_env.sh of a CANN home does to the environment."""
         self.environ["ASCEND_HOME_PATH"] = self.environ["ASCEND_TOOLKIT_HOME"] = home
-        self._library_path(f"{home}/lib64")
+        self.environ["ASCEND_OPP_PATH"] = f"{home}/opp"
+        self.environ["PATH"] = f"{home}/bin:/usr/bin:/bin"
+        self.environ["PYTHONPATH"] = f"{self.site}:{home}/python/site-packages"
+        for folder in (f"{ASCEND}/driver/lib64/driver", f"{ASCEND}/driver/lib64/common", f"{home}/lib64"):
+            self._library_path(folder)
 
     def nnal(self, *, sourced: bool = True) -> None:
         home = f"{ASCEND}/nnal/atb/latest/atb/cxx_abi_1"
@@ -122,9 +157,20 @@ class FakeMachine:
         self.module("torch_npu", code)
 
     def packages(self) -> None:
-        """What mm-finetune needs beside torch."""
+        """What mm-finetune and wan-infer need beside torch, and what the Python of CANN needs."""
         for name, version in (("transformers", "5.0.0"), ("megatron-core", "0.16.1"), ("psutil", "7.0.0")):
             self.distribution(name, version)
+        for name in CANN_NEEDS:
+            self.distribution(name, {"numpy": "1.26.4", "pyyaml": "6.0.2"}.get(name, "3.20.3"))
+        for name in WAN_NEEDS:
+            self.distribution(name, "99.0")
+
+    def without(self, *names: str) -> None:
+        """Removes distributions."""
+        for name in names:
+            (folder,) = self.site.glob(f"{name.replace('-', '_')}-*.dist-info")
+            (folder / "METADATA").unlink()
+            folder.rmdir()
 
     def without_site_packages(self) -> None:
         """Hides the torch and torch_npu that the Python of the tests may have; done where none was made here."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 
 import ascend_envcheck
 from ascend_envcheck import errors
+from ascend_envcheck.commands import COMMANDS
+from ascend_envcheck.messages import CHINESE, Message, told
+from ascend_envcheck.rules.rule import GROUPS
 
 SOURCE = Path(ascend_envcheck.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -53,10 +57,29 @@ def test_every_error_is_drawn_and_a_standard_one_too() -> None:
         assert any(issubclass(kind, base) for base in (ValueError, OSError))
 
 
-def test_ids_are_unique_and_in_the_readme() -> None:
-    ids = [rule.id for rule in ascend_envcheck.RULES]
-    assert len(set(ids)) == len(ids)
+def test_ids_are_unique_and_every_rule_is_told_in_both_languages() -> None:
+    rules = ascend_envcheck.RULES
+    assert len({rule.id for rule in rules}) == len(rules)
+    for rule in rules:
+        assert re.fullmatch(r"[A-Z0-9]+(-[A-Z0-9]+)*", rule.id)
+        assert isinstance(rule.title, Message), rule.id
+        assert re.search("[\u4e00-\u9fff]", told(rule.title, CHINESE)), rule.id
+        assert rule.group in GROUPS
+    assert all(re.search("[\u4e00-\u9fff]", told(name, CHINESE)) for name in GROUPS.values())
+
+
+def test_the_readme_knows_every_command() -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text()
-    assert [
-        line.split("`")[1] for line in readme.splitlines() if line.startswith("| `") and "`ascend-" not in line
-    ] == ids
+    printed = subprocess.run(
+        [sys.executable, "-m", "ascend_envcheck", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    names = re.findall(r"^    ([a-z]+)  ", printed, flags=re.MULTILINE)
+    assert len(names) == len(COMMANDS)
+    for name in names:
+        assert re.search(rf"^\| .*`{name}\b", readme, flags=re.MULTILINE), name
+
+
+def test_a_rule_of_the_plan_is_there_under_its_name() -> None:
+    """The ids of the catalogue are promised to be stable: other people's scripts say --only and --skip."""
+    promised = (Path(__file__).parent / "stable_ids.txt").read_text().split()
+    assert set(promised) <= {rule.id for rule in ascend_envcheck.RULES}

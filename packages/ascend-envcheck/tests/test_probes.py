@@ -6,15 +6,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from fake_machine import TORCH_ON_CPU, TORCH_WITH_NPU, FakeMachine, healthy
 
-from ascend_envcheck import Snapshot, collect
-from ascend_envcheck.probes import host
+from ascend_envcheck import Snapshot, check, collect, probes
+from ascend_envcheck.probes import PROBES, python
 from ascend_envcheck.probes.command import last_line, run
+from ascend_envcheck.probes.place import Facts, Place
 from ascend_envcheck.probes.tree import MAX_BYTES, Tree
 
 ENV = {"PATH": "/usr/bin:/bin"}
@@ -23,15 +25,44 @@ ENV = {"PATH": "/usr/bin:/bin"}
 def test_an_empty_machine(machine: FakeMachine) -> None:
     snapshot = machine.snapshot()
     assert not any((snapshot.distributions, snapshot.files, snapshot.devices, snapshot.paths))
-    assert snapshot.imports.torch == snapshot.npu_smi.outcome == "missing"
+    assert snapshot.imports.torch == snapshot.command("npu-smi info").outcome == "missing"
     assert snapshot.python.version == ".".join(map(str, sys.version_info[:3]))
 
 
-def test_steps_are_told_and_the_import_can_be_left_out(tmp_path: Path) -> None:
+def test_what_is_waited_for_is_told_and_the_import_can_be_left_out(tmp_path: Path) -> None:
     steps: list[str] = []
     snapshot = collect(root=str(tmp_path), environ={}, search_path=[], import_torch=False, progress=steps.append)
     assert snapshot.imports.torch == "not-run"
-    assert steps == ["reading version files", "asking npu-smi"]
+    assert {name for step in steps for name in step.split(", ")} <= {*PROBES}
+    assert not snapshot.probes
+
+
+def test_a_probe_that_fails_or_hangs_is_a_fact_and_loses_nothing_else(
+    machine: FakeMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dead network disk holds a probe in the kernel; nobody can end it."""
+    healthy(machine)
+
+    def fail(place: Place) -> Facts:
+        raise ZeroDivisionError("a defect")
+
+    gate = threading.Event()
+
+    def hang(place: Place) -> Facts:
+        gate.wait(1000)
+        return {}
+
+    monkeypatch.setattr(probes, "PROBES", {**PROBES, "bad": fail, "hung": hang})
+    monkeypatch.setattr(probes, "_PATIENCE", 0.0)
+    snapshot = machine.snapshot(command_seconds=1)
+    gate.set()
+    assert {name: (facts.outcome, facts.detail) for name, facts in snapshot.probes.items()} == {
+        "bad": ("failed", "ZeroDivisionError('a defect')"),
+        "hung": ("timeout", "it did not end; a network disk that does not answer?"),
+    }
+    assert snapshot.cann_homes
+    found = [finding.cause for finding in check(snapshot, only=["PROBES"]).findings]
+    assert ["bad" in cause or "hung" in cause for cause in found] == [True, True]
 
 
 def test_run() -> None:
@@ -150,21 +181,59 @@ def test_torch_is_never_imported_here(machine: FakeMachine) -> None:
     assert sys.modules.get("torch") is before
 
 
-def test_the_home_is_hidden_and_other_variables_are_not_kept(machine: FakeMachine) -> None:
-    machine.environ.update(AWS_SECRET_ACCESS_KEY="hunter2", HCCL_IF_IP="10.1.2.3")
+def test_no_secret_leaves_the_machine(machine: FakeMachine) -> None:
+    """Planted: a home, a user, addresses, a serial number, a token, a password in a URL."""
+    planted = {
+        "AWS_SECRET_ACCESS_KEY": "hunter2",
+        "HCCL_IF_IP": "10.1.2.3",
+        "HCCL_SOCKET_IFNAME": "eth0",
+        "HF_ENDPOINT": "https://ada:tops3cret@mirror.example.org",
+        "USER": "adalove",
+        "GLOO_SOCKET_IFNAME": "enx9c69d1001123",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    machine.environ.update(planted)
     home = "/home/ada/Ascend/cann"
     machine.file(f"{home}/runtime/version.info", "version_dir=8.5.0\nInstallUser=/home/ada\npath=/home/adalbert\n")
     machine.file(f"{home}/set_env.sh")
     machine.source(home)
-    machine.torch("2.7.1", "raise ImportError('/home/ada/lib/libtorch.so: gone')")
+    machine.file("/etc/hccn.conf", "address_0=192.168.100.101\nnetmask_0=255.255.255.0\naddress_1=192.168.100.101\n")
+    machine.torch("2.7.1", "raise ImportError('/home/ada/lib/libtorch.so: gone, asked 10.1.2.3 fe80::1:2:3:4')")
+    machine.npu()
+    machine.npu_smi(
+        "echo 'Serial Number : 2102312NPV10J'; echo 'MAC 9c:69:d1:00:11:22'; echo '| 0 1 | 77 | adalove |'\n"
+    )
     text = machine.snapshot().to_json()
-    assert "hunter2" not in text
-    assert "10.1.2.3" not in text
+    for secret in (
+        "hunter2",
+        "10.1.2.3",
+        "192.168.100",
+        "tops3cret",
+        "2102312NPV10J",
+        "9c:69:d1",
+        "9c69d1",
+        "fe80::1",
+        "adalove",
+    ):
+        assert secret not in text, secret
     assert "/home/ada" not in text.replace("/home/adalbert", "")
     again = Snapshot.from_json(text)
+    assert again.variables["TOKENIZERS_PARALLELISM"] == "false", "no token"
+    assert again.variables["GLOO_SOCKET_IFNAME"].startswith("enxmac-")
     assert again.cann_homes == ("~/Ascend/cann",)
     assert "~/Ascend/cann/runtime/version.info" in again.files
     assert again.imports.torch_detail.startswith("ImportError: ~/lib")
+
+
+def test_the_same_address_is_the_same_token_in_one_file_only(machine: FakeMachine) -> None:
+    line = "echo 'a 10.1.2.3 b 10.1.2.3 c 10.1.2.4; Version: 7.1.0.5, netmask 255.255.0.0'"
+    machine.npu_smi(line + "\n")
+    outputs = [machine.snapshot().command("npu-smi info").output.split() for _ in range(2)]
+    words = outputs[0]
+    assert words[1] == words[3] != words[5].rstrip(";")
+    assert words[1].startswith("ip4-")
+    assert words[7:] == ["7.1.0.5,", "netmask", "255.255.0.0"]
+    assert outputs[0] != outputs[1]
 
 
 def test_a_home_of_root_hides_nothing(machine: FakeMachine) -> None:
@@ -235,12 +304,12 @@ def test_distributions_half_removed(tmp_path: Path) -> None:
     garbled = tmp_path / "torchvision-0.22.1.dist-info"
     garbled.mkdir()
     (garbled / "METADATA").write_bytes(b"Name: torchvision\nVersion: \xff\xfe\n")
-    assert host.distributions([str(tmp_path)]) == {}
+    assert python.distributions([str(tmp_path)]) == {}
 
 
 def test_only_requirements_on_torch_are_kept(machine: FakeMachine) -> None:
     machine.distribution(
         "torchvision", "0.22.1", "numpy", "torch (==2.7.1)", "torchaudio==2.7.1", "torch>=2 ; extra == 'x'"
     )
-    found = host.distributions([str(machine.site)])["torchvision"]
+    found = python.distributions([str(machine.site)])["torchvision"]
     assert (found.version, found.requires) == ("0.22.1", ("torch (==2.7.1)", "torch>=2 ; extra == 'x'"))

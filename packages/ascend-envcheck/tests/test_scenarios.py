@@ -5,21 +5,13 @@ Each scenario says in words what is wrong; what is expected follows from the wor
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple
-
 import pytest
 from fake_machine import TABLE, TORCH_2_5, TORCH_ON_CPU, TORCH_ON_CUDA, TORCH_WITH_NPU, FakeMachine, healthy
+from machine_scenarios import MACHINES
+from scenario import Scenario
+from stack_scenarios import STACKS
 
 from ascend_envcheck import Report, Severity
-
-
-class Scenario(NamedTuple):
-    name: str
-    build: Callable[[FakeMachine], None]
-    faults: dict[str, str]  # id to severity, complete
-    cpu: str  # the answer
-    npu: str
-    words: str = ""  # in the cause of a fault
 
 
 def cpu_only(m: FakeMachine) -> None:
@@ -36,7 +28,7 @@ def nothing(m: FakeMachine) -> None:
 
 
 def new_layout(m: FakeMachine) -> None:
-    m.npu()
+    m.npu(hdk="25.5.0")
     m.source(m.new_cann("8.5.0"))
     m.nnal()
     m.torch("2.7.1", TORCH_WITH_NPU)
@@ -46,7 +38,7 @@ def new_layout(m: FakeMachine) -> None:
 
 def cross_series(m: FakeMachine) -> None:
     """TorchNPU 7.3 was made for CANN 8.5; the release notes let it run on 9.0 too."""
-    m.npu()
+    m.npu(hdk="25.5.2")
     m.source(m.new_cann("9.0.0"))
     m.nnal()
     m.torch("2.7.1", TORCH_WITH_NPU)
@@ -67,7 +59,10 @@ def wrong_torch_npu(m: FakeMachine) -> None:
 def wrong_cann(m: FakeMachine) -> None:
     """torch_npu 2.6.0 is of TorchNPU 7.1.0, made for 8.2.RC1; older trains run on no other."""
     healthy(m)
+    m.npu(hdk="25.5.0")
+    m.environ.pop("LD_LIBRARY_PATH")
     m.source(m.new_cann("8.5.0"))
+    m.environ["LD_LIBRARY_PATH"] += f":{m.environ['ATB_HOME_PATH']}/lib"
     (m.root / "usr/local/Ascend/ascend-toolkit/latest").unlink()
 
 
@@ -127,7 +122,7 @@ def torch_npu_missing(m: FakeMachine) -> None:
 
 
 def torch_npu_newer_than_table(m: FakeMachine) -> None:
-    m.npu()
+    m.npu(hdk="25.5.0")
     m.source(m.new_cann("8.5.0"))
     m.nnal()
     m.torch("2.99.0", TORCH_WITH_NPU)
@@ -172,15 +167,16 @@ def torchvision_fits(m: FakeMachine) -> None:
 
 def psutil_missing(m: FakeMachine) -> None:
     m.torch("2.13.0")
-    m.distribution("transformers", "5.0.0")
-    m.distribution("megatron-core", "0.16.1")
+    m.packages()
+    m.without("psutil")
 
 
 def old_transformers(m: FakeMachine) -> None:
+    """4.48 knows no Qwen2.5-VL; wan-infer asks for 5.0."""
     m.torch("2.13.0")
+    m.packages()
+    m.without("transformers")
     m.distribution("transformers", "4.48.3")
-    m.distribution("megatron-core", "0.16.1")
-    m.distribution("psutil", "7.0.0")
 
 
 def container_without_devices(m: FakeMachine) -> None:
@@ -221,8 +217,22 @@ def cuda(m: FakeMachine) -> None:
 
 SCENARIOS = [
     Scenario("a laptop with all of it", cpu_only, {}, "yes", "no"),
-    Scenario("a plain CPU machine with torch", torch_alone, {"MM-PACKAGES": "WARN"}, "no", "no", "not installed"),
-    Scenario("nothing", nothing, {"IMPORT-TORCH": "FAIL", "MM-PACKAGES": "WARN"}, "no", "no", "torch is not installed"),
+    Scenario(
+        "a plain CPU machine with torch",
+        torch_alone,
+        {"MM-PACKAGES": "WARN", "WAN-PACKAGES": "WARN"},
+        "no",
+        "no",
+        "not installed",
+    ),
+    Scenario(
+        "nothing",
+        nothing,
+        {"IMPORT-TORCH": "FAIL", "MM-PACKAGES": "WARN", "WAN-PACKAGES": "WARN"},
+        "no",
+        "no",
+        "torch is not installed",
+    ),
     Scenario("the walk-through's set", healthy, {}, "yes", "yes"),
     Scenario("CANN 8.5 layout", new_layout, {}, "yes", "yes"),
     Scenario("a pair that the vendor lets mix", cross_series, {}, "yes", "yes"),
@@ -259,14 +269,25 @@ SCENARIOS = [
     Scenario("torchvision of torch 2.6", torchvision_of_another_torch, {"TORCHVISION": "FAIL"}, "no", "no", "2.6.0"),
     Scenario("torchvision without a pin", torchvision_without_pin, {"TORCHVISION": "FAIL"}, "no", "no", "0.24"),
     Scenario("torchvision that fits", torchvision_fits, {}, "yes", "no"),
-    Scenario("megatron-core without psutil", psutil_missing, {"MM-PSUTIL": "FAIL"}, "no", "no", "psutil"),
-    Scenario("transformers before Qwen2.5-VL", old_transformers, {"MM-PACKAGES": "WARN"}, "no", "no", "4.48.3"),
+    Scenario(
+        "megatron-core without psutil", psutil_missing, {"MM-PSUTIL": "FAIL"}, "no", "no", "psutil", ("yes", "no")
+    ),
+    Scenario(
+        "transformers before Qwen2.5-VL",
+        old_transformers,
+        {"MM-PACKAGES": "WARN", "WAN-PACKAGES": "WARN"},
+        "no",
+        "no",
+        "4.48.3",
+    ),
     Scenario("a container without devices", container_without_devices, {"DEV-NODES": "WARN"}, "yes", "no", "container"),
-    Scenario("the NPU is used elsewhere", driver_dead, {"NPU-SMI": "FAIL"}, "yes", "no", "-8020"),
+    Scenario("the NPU is used elsewhere", driver_dead, {"NPU-SMI": "FAIL", "NPU-SHARE": "FAIL"}, "yes", "no", "-8020"),
     Scenario("npu-smi not mounted", no_npu_smi, {"NPU-SMI": "WARN"}, "yes", "yes", "npu-smi"),
     Scenario("manager nodes not mounted", managers_missing, {"DEV-NODES": "FAIL"}, "yes", "no", "davinci_manager"),
     Scenario("torch sees no NPU", npu_not_shown, {"TORCH-ACCEL": "FAIL"}, "yes", "no", "507008"),
     Scenario("a CUDA machine", cuda, {}, "yes", "no"),
+    *MACHINES,
+    *STACKS,
 ]
 
 
@@ -279,8 +300,10 @@ def test_scenario(machine: FakeMachine, scenario: Scenario) -> None:
     scenario.build(machine)
     report = machine.report()
     assert faults(report) == scenario.faults
-    answers = {verdict.device: verdict.answer for verdict in report.verdicts}
-    assert (answers["cpu"], answers["npu"]) == (scenario.cpu, scenario.npu)
+    answers = {(verdict.task, verdict.device): verdict.answer for verdict in report.verdicts}
+    train, infer = ((answers[task, "cpu"], answers[task, "npu"]) for task in ("train", "infer"))
+    assert train == (scenario.cpu, scenario.npu)
+    assert infer == (scenario.infer or train)
     assert report.exit_code() == int("FAIL" in scenario.faults.values())
     assert report.exit_code(strict=True) == int(bool(scenario.faults))
     causes = [f.cause for f in report.findings if f.id in scenario.faults]
@@ -310,6 +333,9 @@ def test_a_cuda_machine_gets_a_verdict_of_its_own(machine: FakeMachine) -> None:
         "this machine can fine-tune Qwen2.5-VL on CPU: yes (tiny models)",
         "this machine can fine-tune Qwen2.5-VL on CUDA: yes",
         "this machine can fine-tune Qwen2.5-VL on NPU: no, because no NPU was found",
+        "this machine can run Wan2.1 on CPU: yes (tiny models)",
+        "this machine can run Wan2.1 on CUDA: yes",
+        "this machine can run Wan2.1 on NPU: no, because no NPU was found",
     ]
 
 

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from ascend_envcheck.tables import builds_for, cross_pairing, find_torch_npu, pairings, torch_npu_rows
+from ascend_envcheck.compat.candidates import hdk_record
+from ascend_envcheck.tables import (
+    CPU_INDEX,
+    builds_for,
+    cross_pairing,
+    find_torch_npu,
+    pairings,
+    pip_install,
+    records,
+    torch_npu_rows,
+    torch_requirement,
+)
 from ascend_envcheck.versions import cann_version, release
 
 CONFIDENCE = {"official", "official-history", "derived", "inferred"}
@@ -88,3 +99,50 @@ def test_torchvision_follows_torch() -> None:
     """Each torch 2.N came out with torchvision 0.(N+15)."""
     for pair in pairings("torchvision"):
         assert int(pair.fits.split(".")[1]) == int(pair.of.split(".")[1]) + 15
+
+
+# Requires-Dist of the wheels on PyPI: x86-64 pins torch==X+cpu up to 2.11, torch==2.12.0 in 2.12; aarch64 has no label.
+@pytest.mark.parametrize(
+    ("torch_npu", "machine", "torch"),
+    [
+        ("2.7.1.post2", "x86_64", "torch==2.7.1+cpu"),
+        ("2.11.0", "x86_64", "torch==2.11.0+cpu"),
+        ("2.12.0", "x86_64", "torch==2.12.0"),
+        ("2.7.1.post2", "aarch64", "torch==2.7.1"),
+        ("2.7.1.post2", "", "torch==2.7.1"),
+    ],
+)
+def test_the_torch_that_a_build_asks_for(torch_npu: str, machine: str, torch: str) -> None:
+    row = find_torch_npu(torch_npu)
+    assert row is not None
+    assert torch_requirement(row, machine) == torch
+    line = pip_install(row, machine, "numpy")
+    assert line.startswith(f"pip install {torch} torch_npu=={torch_npu} numpy")
+    assert line.endswith(CPU_INDEX) == ("+cpu" in torch)
+
+
+STACKED = {*CONFIDENCE, "secondary", "tested-list"}
+
+
+@pytest.mark.parametrize("name", ["hdk", "mindspeed_mm", "mindie_sd", "lifecycle", "cann_packages"])
+def test_every_row_has_a_source_and_says_how_sure_it_is(name: str) -> None:
+    for record in records(name):
+        assert record["source"]
+        assert record["confidence"] in STACKED
+        assert None not in record.values()
+
+
+def test_the_stacks_name_builds_that_are_there() -> None:
+    trains = {row.release for row in torch_npu_rows()}
+    torches = {row.torch for row in torch_npu_rows()}
+    for name in ("mindspeed_mm", "mindie_sd"):
+        for record in records(name):
+            assert set(record["torch_npu_release"].split()) <= trains
+            assert set(record["torch"].split()) <= torches
+
+
+def test_every_cann_of_a_general_release_has_its_hdk() -> None:
+    for cann in {row.cann for row in torch_npu_rows() if row.status == "general"} - {"7.0.RC1"}:
+        found = hdk_record(cann)
+        assert found is not None
+        assert found["confidence"] != "inferred"

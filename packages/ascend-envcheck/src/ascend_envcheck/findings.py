@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import Enum
+from typing import Any
+
+from ascend_envcheck.messages import ENGLISH, joined, say, told
 
 CPU, CUDA, NPU = "cpu", "cuda", "npu"
 EVERY_DEVICE = (CPU, CUDA, NPU)
+
+TRAIN, INFER = "train", "infer"
+TASKS = (TRAIN, INFER)
+PROFILES = (*TASKS, "all")
+TASK_NAMES = {
+    TRAIN: say("fine-tune Qwen2.5-VL", "微调 Qwen2.5-VL"),
+    INFER: say("run Wan2.1", "运行 Wan2.1"),
+}
+
+YES, NO, NOT_KNOWN = "yes", "no", "not known"
+_ANSWERS = {YES: say("yes", "可以"), NO: say("no", "不可以"), NOT_KNOWN: say("not known", "无法判断")}
 
 
 class Severity(str, Enum):
@@ -26,11 +39,12 @@ class Finding:
     Args:
         id: the id of the rule.
         severity: how bad it is.
-        cause: one line: what is, and what should be.
+        cause: one line: what is, and what should be; a `Message` where it has a Chinese form.
         command: a command to copy; every FAIL has one.
         source: where the knowledge comes from; every FAIL has one.
-        blocks: devices on which fine-tuning can't work because of this.
+        blocks: devices on which the tasks can't work because of this.
         doubts: devices whose verdict this leaves open (SKIP), or with a reservation (WARN).
+        tasks: what it matters for; a rule that speaks of one task only says so once, in its own `tasks`.
     """
 
     id: str
@@ -40,6 +54,7 @@ class Finding:
     source: str = ""
     blocks: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = TASKS
 
 
 @dataclass(frozen=True)
@@ -47,20 +62,31 @@ class Verdict:
     """Whether the machine can do a task on a kind of device.
 
     Args:
-        task: what is asked for, in words.
+        task: train or infer.
         device: cpu, cuda or npu.
         answer: "yes", "no" or "not known".
-        reason: why, or with which reservation.
+        reasons: why, or with which reservations.
     """
 
     task: str
     device: str
     answer: str
-    reason: str
+    reasons: tuple[str, ...] = ()
+
+    def sentence(self, language: str = ENGLISH) -> str:
+        """The verdict in words."""
+        values = {"task": TASK_NAMES[self.task], "device": self.device.upper(), "answer": _ANSWERS[self.answer]}
+        start = say("this machine can {task} on {device}: {answer}", "本机能否在 {device} 上{task}：{answer}", **values)
+        if not self.reasons:
+            return told(start, language)
+        template = ("{start} ({why})", "{start}（{why}）") if self.answer == YES else (
+            "{start}, because {why}",
+            "{start}，原因：{why}",
+        )  # fmt: skip
+        return told(say(*template, start=start, why=joined(self.reasons)), language)
 
     def __str__(self) -> str:
-        why = f" ({self.reason})" if self.answer == "yes" else f", because {self.reason}"
-        return f"this machine can {self.task} on {self.device.upper()}: {self.answer}{why if self.reason else ''}"
+        return self.sentence()
 
 
 @dataclass(frozen=True)
@@ -75,6 +101,16 @@ class Report:
         bad = (Severity.FAIL, Severity.WARN) if strict else (Severity.FAIL,)
         return int(any(finding.severity in bad for finding in self.findings))
 
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values, in English; what `ascend-envcheck schema report` describes."""
+        return {
+            "schema_version": 2,
+            "findings": [dict(vars(finding), severity=finding.severity.value) for finding in self.findings],
+            "verdicts": [dict(vars(verdict), sentence=str(verdict)) for verdict in self.verdicts],
+        }
+
     def to_json(self) -> str:
-        """The report as JSON text, ending in a newline; findings and verdicts in the order of the text form."""
-        return json.dumps({"schema_version": 1, **asdict(self)}, indent=2) + "\n"
+        """`to_dict` as JSON text, ending in a newline; findings most severe first."""
+        import json  # a third of the cost of --help
+
+        return json.dumps(self.to_dict(), indent=2) + "\n"

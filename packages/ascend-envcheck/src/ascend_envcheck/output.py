@@ -15,8 +15,8 @@ def write_new(path: Path, text: str, *, overwrite: bool) -> None:
         OutputExistsError: the file is there and ``overwrite`` is false.
         OSError: the folder is missing or can't be written to.
     """
-    if path.exists() and not overwrite:
-        raise OutputExistsError(f"{path} exists; choose another name or give --overwrite")
+    if not overwrite:
+        refuse_existing(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -25,3 +25,9 @@ def write_new(path: Path, text: str, *, overwrite: bool) -> None:
         if temporary.exists():
             temporary.unlink()
         raise
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise OutputExistsError where there is something already."""
+    if path.exists():
+        raise OutputExistsError(f"{path} exists; choose another name or give --overwrite")

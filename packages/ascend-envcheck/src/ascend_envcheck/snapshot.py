@@ -14,10 +14,12 @@ from typing import Any, Callable, Mapping
 from ascend_envcheck import __version__
 from ascend_envcheck.errors import SnapshotError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 NOT_RUN, OK, FAILED, CRASHED, TIMEOUT, MISSING = "not-run", "ok", "failed", "crashed", "timeout", "missing"
-"""What became of something that was tried: a command, or the import of a module."""
+"""What became of something that was tried: a command, a probe, the import of a module."""
+
+UNLIMITED = -1
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class PythonFacts:
     implementation: str = ""  # CPython
     system: str = ""  # Linux
     machine: str = ""  # x86_64, aarch64
+    executable: str = ""
+    on_path: str = ""  # what python3 on PATH is
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Distribution:
     """An installed distribution, from its metadata; nothing of it was imported."""
 
     version: str
-    requires: tuple[str, ...] = ()  # its requirements on torch, as written
+    requires: tuple[str, ...] = ()  # its requirements, as written
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class ImportFacts:
     torch_npu: str = NOT_RUN
     torch_npu_detail: str = ""
     accelerator_api: bool | None = None  # has torch.accelerator (torch 2.6 and newer)
+    cxx11_abi: bool | None = None  # torch._C._GLIBCXX_USE_CXX11_ABI
     device: str = ""  # torch.accelerator's device type: npu, cuda, …; "" when there is none
     device_count: int = 0
     device_detail: str = ""  # last line of the error when asking for it failed
@@ -56,11 +61,42 @@ class ImportFacts:
 
 @dataclass(frozen=True)
 class CommandFacts:
-    """A command that was run, or that was not there."""
+    """A command, a probe or a library that was tried, or that was not there."""
 
     outcome: str = NOT_RUN
     detail: str = ""  # why it failed, in words
     output: str = ""  # stdout, then stderr
+
+
+@dataclass(frozen=True)
+class DiskFacts:
+    """The file system that a folder lies on."""
+
+    total: int = 0  # bytes
+    free: int = 0  # bytes, for a user who is not root
+    free_inodes: int | None = None  # None where the file system does not count them
+
+
+@dataclass(frozen=True)
+class HostFacts:
+    """The machine around the interpreter; what is empty or None was not to be seen."""
+
+    live: bool = False  # False: a copy of a machine's files; what only a running kernel knows is not here
+    os_name: str = ""  # Ubuntu 22.04.4 LTS
+    libc: str = ""  # glibc 2.35
+    kernel: str = ""  # 5.10.0-136.12.0.86.aarch64
+    container: str = ""  # docker, kubernetes, …; "" on bare metal
+    root: bool | None = None
+    groups: tuple[str, ...] = ()  # of this user, by name
+    cpus: int | None = None
+    governor: str = ""  # performance, …
+    memory: Mapping[str, int] = field(default_factory=dict)  # /proc/meminfo: MemTotal (kB), HugePages_Free (pages), …
+    huge_pages: str = ""  # transparent_hugepage/enabled: always, madvise, never
+    limits: Mapping[str, int] = field(default_factory=dict)  # soft, by the name of ulimit; -1 is unlimited
+    disks: Mapping[str, DiskFacts] = field(default_factory=dict)  # by what the folder is for: home, shm, tmp, cwd, log
+    reserved_ports: str = ""  # net.ipv4.ip_local_reserved_ports
+    listening: tuple[int, ...] = ()  # TCP ports
+    interfaces: Mapping[str, str] = field(default_factory=dict)  # network interface to up, down or unknown
 
 
 @dataclass(frozen=True)
@@ -69,29 +105,41 @@ class Snapshot:
 
     Args:
         python: the interpreter.
+        host: the machine around it.
         distributions: name to version, for the few that the rules ask about; absent means not installed.
         imports: the outcome of importing torch and torch_npu.
-        npu_smi: the outcome of ``npu-smi info``.
+        commands: what was asked, as it is typed ("npu-smi info -t board -i 0"), to what came of it.
         devices: NPU device nodes, each "rw" or "denied".
         cann_homes: folders that hold a CANN toolkit, the one that wins first.
         files: small text files (version.info and the like), path to text.
         paths: existing paths that the rules ask about, each with what it resolves to.
-        libraries: library name to the first folder of LD_LIBRARY_PATH that has it.
+        folders: the names in a few folders that the rules ask about.
+        libraries: library name to the folders of LD_LIBRARY_PATH that have it, the one that wins first.
+        loads: library name to the outcome of loading it in a child process.
         variables: environment variables, of an allow-list; nothing else of the environment is kept.
+        probes: the probes that did not end well, by name.
     """
 
     python: PythonFacts = PythonFacts()
+    host: HostFacts = HostFacts()
     distributions: Mapping[str, Distribution] = field(default_factory=dict)
     imports: ImportFacts = ImportFacts()
-    npu_smi: CommandFacts = CommandFacts()
+    commands: Mapping[str, CommandFacts] = field(default_factory=dict)
     devices: Mapping[str, str] = field(default_factory=dict)
     cann_homes: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     paths: Mapping[str, str] = field(default_factory=dict)
-    libraries: Mapping[str, str] = field(default_factory=dict)
+    folders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    libraries: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    loads: Mapping[str, CommandFacts] = field(default_factory=dict)
     variables: Mapping[str, str] = field(default_factory=dict)
+    probes: Mapping[str, CommandFacts] = field(default_factory=dict)
     tool_version: str = __version__
     schema_version: int = SCHEMA_VERSION
+
+    def command(self, line: str) -> CommandFacts:
+        """What came of a command; `NOT_RUN` when it was not."""
+        return self.commands.get(line, CommandFacts())
 
     def to_json(self) -> str:
         """The snapshot as JSON text, keys sorted, ending in a newline."""
@@ -140,9 +188,9 @@ def _plain(kind: type, value: Any, where: str, *, null: bool = False) -> Any:
     raise SnapshotError(f"not a snapshot: {where} is {_name(value)}, must be {_NAMES[kind]}")
 
 
-def _list(value: Any, where: str) -> tuple[Any, ...]:
+def _list(kind: type, value: Any, where: str) -> tuple[Any, ...]:
     items = _plain(list, value, where)
-    return tuple(_plain(str, item, f"{where}[{number}]") for number, item in enumerate(items))
+    return tuple(_plain(kind, item, f"{where}[{number}]") for number, item in enumerate(items))
 
 
 def _mapping(read: Callable[[Any, str], Any], value: Any, where: str) -> dict[str, Any]:
@@ -158,11 +206,20 @@ _NAMES = {str: "a string", bool: "true or false", int: "an integer", dict: "an o
 _READERS: Mapping[str, Callable[[Any, str], Any]] = {
     "str": partial(_plain, str),
     "int": partial(_plain, int),
+    "bool": partial(_plain, bool),
+    "int | None": partial(_plain, int, null=True),
     "bool | None": partial(_plain, bool, null=True),
-    "tuple[str, ...]": _list,
+    "tuple[str, ...]": partial(_list, str),
+    "tuple[int, ...]": partial(_list, int),
+    "Mapping[str, int]": partial(_mapping, partial(_plain, int)),
     "Mapping[str, str]": partial(_mapping, partial(_plain, str)),
-    "Mapping[str, Distribution]": partial(_mapping, partial(_decode, Distribution)),
-    "PythonFacts": partial(_decode, PythonFacts),
-    "ImportFacts": partial(_decode, ImportFacts),
-    "CommandFacts": partial(_decode, CommandFacts),
+    "Mapping[str, tuple[str, ...]]": partial(_mapping, partial(_list, str)),
+    **{
+        form.format(kind.__name__): read
+        for kind in (PythonFacts, HostFacts, ImportFacts, CommandFacts, DiskFacts, Distribution)
+        for form, read in (
+            ("{}", partial(_decode, kind)),
+            ("Mapping[str, {}]", partial(_mapping, partial(_decode, kind))),
+        )
+    },
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Mapping
 
 from ascend_envcheck.versions import cann_version, release, series
 
@@ -65,13 +66,17 @@ class Pairing:
 
 
 @lru_cache(maxsize=None)
-def _rows(name: str) -> tuple[tuple[str, ...], ...]:
+def _lines(name: str) -> tuple[tuple[str, ...], ...]:
     import csv  # needed once torch_npu or torchvision is installed, not before
     import pkgutil
 
     raw = pkgutil.get_data("ascend_envcheck", f"data/{name}.csv")
     assert raw is not None, f"the installed package lacks data/{name}.csv"
-    return tuple(tuple(row) for row in csv.reader(raw.decode("utf-8").splitlines()))[1:]
+    return tuple(tuple(row) for row in csv.reader(raw.decode("utf-8").splitlines()))
+
+
+def _rows(name: str) -> tuple[tuple[str, ...], ...]:
+    return _lines(name)[1:]
 
 
 @lru_cache(maxsize=None)
@@ -87,9 +92,25 @@ def _torch_npu_row(
     return TorchNpuRow(torch, torch_npu, cann, train, status, documented, tuple(wheels.split()), confidence, source)
 
 
+@lru_cache(maxsize=None)
+def records(name: str) -> tuple[Mapping[str, str], ...]:
+    """The rows of ``data/NAME.csv`` by the names of its columns; every table has ``confidence`` and ``source``."""
+    head, *rows = _lines(name)
+    return tuple(dict(zip(head, row)) for row in rows)
+
+
 def pairings(name: str) -> tuple[Pairing, ...]:
     """The rows of ``cross`` (TorchNPU train, CANN) or ``torchvision`` (torch, torchvision)."""
     return tuple(Pairing(*row) for row in _rows(name))
+
+
+@lru_cache(maxsize=None)
+def known_canns() -> frozenset[str]:
+    """Every released or pre-released CANN version that a table names."""
+    named = [row.cann for row in torch_npu_rows()]
+    named += [row["cann"] for name in ("vllm_ascend", "mindie_sd", "triton_ascend") for row in records(name)]
+    named += [row["toolkit"] for row in records("ops_toolkit")]
+    return frozenset(cann for cann in named if cann)
 
 
 def find_torch_npu(version: str) -> TorchNpuRow | None:
@@ -114,3 +135,20 @@ def cross_pairing(row: TorchNpuRow, cann: str) -> Pairing | None:
     """The vendor's statement that a whole TorchNPU series runs on a whole CANN series, if there is one."""
     wanted = (series(row.release), series(cann))
     return next((pair for pair in pairings("cross") if (pair.of, pair.fits) == wanted), None)
+
+
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+"""PyTorch's own index; the only one that has builds with the label +cpu."""
+
+
+def torch_requirement(row: TorchNpuRow, machine: str) -> str:
+    """The torch that the wheels of a torch_npu ask for: torch==X+cpu on x86-64 up to torch 2.11, else torch==X."""
+    labelled = machine == "x86_64" and (release(row.torch) or (0, 0, 0)) < (2, 12, 0)
+    return f"torch=={row.torch}+cpu" if labelled else f"torch=={row.torch}"
+
+
+def pip_install(row: TorchNpuRow, machine: str, *also: str) -> str:
+    """The pip line of a pair of torch and torch_npu, with more requirements where given."""
+    torch = torch_requirement(row, machine)
+    index = f" --extra-index-url {CPU_INDEX}" if torch.endswith("+cpu") else ""
+    return " ".join(("pip install", torch, f"torch_npu=={row.torch_npu}", *also)) + index

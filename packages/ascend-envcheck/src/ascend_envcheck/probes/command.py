@@ -6,15 +6,12 @@ import os
 import signal
 from typing import TYPE_CHECKING, Mapping, Sequence
 
-from ascend_envcheck.probes.tree import Tree
-from ascend_envcheck.snapshot import CRASHED, FAILED, MISSING, OK, TIMEOUT, CommandFacts
+from ascend_envcheck.snapshot import CRASHED, FAILED, MISSING, OK, TIMEOUT
 
 if TYPE_CHECKING:
     import subprocess
 
 MAX_CHARS = 64 * 1024
-
-_NPU_SMI_FOLDERS = ("/usr/local/bin", "/usr/local/sbin", "/usr/bin", "/usr/local/Ascend/driver/tools")
 
 
 def run(argv: Sequence[str], environ: Mapping[str, str], *, seconds: float) -> tuple[str, str, str, str]:
@@ -48,29 +45,10 @@ def run(argv: Sequence[str], environ: Mapping[str, str], *, seconds: float) -> t
     return (*_outcome(process.returncode), out, err)
 
 
-def run_npu_smi(tree: Tree, environ: Mapping[str, str], *, seconds: float) -> CommandFacts:
-    """The outcome of ``npu-smi info``, the first found on PATH or where the driver puts it."""
-    executable = _find(tree, "npu-smi", [*environ.get("PATH", "").split(os.pathsep), *_NPU_SMI_FOLDERS])
-    if executable is None:
-        return CommandFacts(
-            outcome=MISSING, detail="npu-smi is neither on PATH nor in /usr/local/bin or /usr/local/sbin"
-        )
-    outcome, detail, out, err = run([executable, "info"], environ, seconds=seconds)
-    return CommandFacts(outcome=outcome, detail=detail, output=out + err)
-
-
 def last_line(text: str) -> str:
     """The last line that is not blank, cut to what a person reads; "" when there is none."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:300] if lines else ""
-
-
-def _find(tree: Tree, name: str, folders: list[str]) -> str | None:
-    for folder in folders:
-        path = f"{folder}/{name}"
-        if tree.resolve(path) is not None and os.access(tree.real(path), os.X_OK):
-            return str(tree.real(path))
-    return None
 
 
 def _outcome(code: int) -> tuple[str, str]:

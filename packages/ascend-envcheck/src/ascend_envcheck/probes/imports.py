@@ -10,11 +10,14 @@ import sys
 from typing import Any, Mapping
 
 from ascend_envcheck.probes.command import last_line, run
-from ascend_envcheck.snapshot import FAILED, MISSING, NOT_RUN, OK, ImportFacts
+from ascend_envcheck.probes.place import Facts, Place
+from ascend_envcheck.probes.smoke import smoke
+from ascend_envcheck.snapshot import FAILED, MISSING, NOT_RUN, OK, CommandFacts, ImportFacts
 
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 MARK = "envcheck:"
+PIP_CHECK = "python -m pip check"
 
 # One marked JSON line for each stage that was reached, on the stdout that the child began with; what the modules
 # print goes to stderr. The first entry of sys.path is the working folder, which no console script would search.
@@ -33,10 +36,12 @@ if not has("torch"):
     tell(torch="missing")
     sys.exit(0)
 torch = importlib.import_module("torch")
+abi = getattr(getattr(torch, "_C", None), "_GLIBCXX_USE_CXX11_ABI", None)
 tell(
     torch="ok",
     torch_version=str(getattr(torch, "__version__", "")),
     accelerator_api=hasattr(torch, "accelerator"),
+    cxx11_abi=None if abi is None else bool(abi),
 )
 if sys.argv[1:] == ["torch-only"]:
     sys.exit(0)
@@ -51,8 +56,9 @@ if hasattr(torch, "accelerator") and torch.accelerator.is_available():
 """
 
 
-def look(environ: Mapping[str, str], *, seconds: float) -> ImportFacts:
-    """Imports torch as the user would, and once more without torch_npu when that failed."""
+def look(place: Place) -> Facts:
+    """Imports torch as the user would, once more without torch_npu when that failed, and has pip look for conflicts."""
+    environ, seconds = place.environ, place.import_seconds
     outcome, detail, facts = _try(environ, seconds)
     if "torch" not in facts:
         facts["torch"] = FAILED if outcome in (OK, MISSING) else outcome
@@ -62,7 +68,22 @@ def look(environ: Mapping[str, str], *, seconds: float) -> ImportFacts:
         facts["torch_npu"], facts["torch_npu_detail"] = outcome, detail
     elif outcome != OK:
         facts["device_detail"] = detail
-    return ImportFacts(**facts)
+    imports = ImportFacts(**facts)
+    return {"imports": imports, "commands": _commands(place, imports)}
+
+
+def _commands(place: Place, imports: ImportFacts) -> dict[str, CommandFacts]:
+    found = {}
+    if place.live:  # pip sees the packages of this process, not those of a copy
+        outcome, detail, out, err = run(
+            [sys.executable, "-m", "pip", "check"], place.environ, seconds=place.command_seconds
+        )
+        found[PIP_CHECK] = CommandFacts(outcome, detail, out + err)
+    if place.smoke and imports.device:
+        found["smoke"] = smoke(place.environ, imports.device, imports.device_count, place.import_seconds)
+    elif place.smoke:
+        found["smoke"] = CommandFacts(MISSING, imports.torch_detail or "torch shows no accelerator")
+    return found
 
 
 def _torch_alone(environ: Mapping[str, str], seconds: float) -> str:
