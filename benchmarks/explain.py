@@ -2,8 +2,10 @@
 
     python benchmarks/explain.py --megabytes 1000 --output explain.json
 
-The log is made here: lines of a training run and of plog with running numbers, and one failure at its end. Both
-commands read the same file in turns. grep counts the lines that hold one of as many fixed strings as explain has rules.
+The log is made here: lines of a training run and of plog with running numbers, and one failure at its end. In one line
+of so many (``--every``) stand words such as error and failed, which mean nothing: explain has to look closer at those.
+Both commands read the same file in turns. grep counts the lines that hold one of as many fixed strings as explain has
+rules: the longest plain text of each.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ascend_envcheck.failures import failures
+from ascend_envcheck.failures import Failure, failures, plain_texts
 
 HEALTHY = (
     "[INFO] HCCL(4711,python):2026-03-0{d} 11:0{d}:{s:02d}.{n:06d} [hccl_comm.cc:{n}][4711]HcclGetRankSize rank {s}",
@@ -27,8 +29,8 @@ HEALTHY = (
     " iteration {n:8d}/ 5000000 | consumed samples: {n} | elapsed time per iteration (ms): {s}12.{d}"
     " | lm loss: 1.{n:06d}E+00 | grad norm: 0.{s} | number of skipped iterations: 0 | number of nan iterations: 0 |",
     "  {s}%|####      | {s}/100 [00:{s:02d}<00:{d}0, 1.{d}2s/it]",
-    "[rank{d}]:2026-03-0{d} 11:00:{s:02d} INFO model.py:{s} loaded layer {n} in 0.{n} s, error 0.0{n}, no failure",
 )
+WORDS = "[rank{d}]:2026-03-0{d} 11:00:{s:02d} INFO model.py:{s} layer {n} compared, error 0.0{n}, 0 of {n} failed"
 FAILURE = """Traceback (most recent call last):
   File "train.py", line 12, in <module>
     import torch_npu
@@ -45,13 +47,13 @@ class Run:
     megabytes: float  # resident, at most
 
 
-def write_log(path: Path, megabytes: int) -> None:
+def write_log(path: Path, megabytes: int, every: int) -> None:
     """Write a healthy log with a failure at its end."""
     size, number = 0, 0
     with path.open("w", encoding="utf-8") as file:
         while size < megabytes * 1_000_000:
             block = "".join(
-                HEALTHY[at % len(HEALTHY)].format(n=at, s=at % 60, d=at % 9 + 1) + "\n"
+                (HEALTHY[at % len(HEALTHY)] if at % every else WORDS).format(n=at, s=at % 60, d=at % 9 + 1) + "\n"
                 for at in range(number, number + 20_000)
             )
             number += 20_000
@@ -74,9 +76,8 @@ def main() -> int:
     options = _parse()
     with tempfile.TemporaryDirectory() as name:
         log, words = Path(name) / "train.log", Path(name) / "words.txt"
-        write_log(log, options.megabytes)
-        # As many fixed strings as there are rules, none of which occurs: what grep -F is best at.
-        words.write_text("".join(f"{failure.id} is what was found\n" for failure in failures()))
+        write_log(log, options.megabytes, options.every)
+        words.write_text("".join(f"{_plainest(failure)}\n" for failure in failures()))
         commands = {
             "explain": [sys.executable, "-m", "ascend_envcheck", "explain", str(log), "--json"],
             "grep": ["grep", "-c", "-F", "-f", str(words), str(log)],
@@ -99,9 +100,16 @@ def main() -> int:
     return 0
 
 
+def _plainest(failure: Failure) -> str:
+    """The longest plain text that a line of this failure holds."""
+    texts = [text for branch in plain_texts(failure.pattern) for text in branch] if failure.pattern else []
+    return max([*texts, *failure.codes], key=len)
+
+
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=1000, help="size of the log (default: %(default)s)")
+    parser.add_argument("--every", type=int, default=100, help="lines to one with such words (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of which the median is taken (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="where the single numbers go, as JSON (default: nowhere)")
     return parser.parse_args()

@@ -103,12 +103,6 @@ def other_abi(m: FakeMachine) -> None:
     m.module("torch", code)
 
 
-def no_decorator(m: FakeMachine) -> None:
-    """CANN's operator compiler imports it; torch does not."""
-    healthy(m)
-    m.without("decorator")
-
-
 def community_triton(m: FakeMachine) -> None:
     """Up to 3.2.0 triton and triton-ascend are one package: the last one installed wins."""
     healthy(m)
@@ -170,7 +164,6 @@ MACHINES = [
     Scenario("an NPU without bfloat16", no_bfloat16, {"NPU-SOC": "FAIL"}, "yes", "no", "ascend310p"),
     Scenario("stub libraries before the driver", stub_libraries, {"CANN-STUB": "FAIL"}, "yes", "no", "devlib"),
     Scenario("NNAL of the other C++ ABI", other_abi, {"NNAL-ABI": "FAIL"}, "yes", "no", "cxx_abi"),
-    Scenario("CANN's Python lacks decorator", no_decorator, {"CANN-DEPS": "FAIL"}, "yes", "no", "decorator"),
     Scenario("triton over triton-ascend", community_triton, {"TRITON-ASCEND": "FAIL"}, "yes", "no", "triton"),
     Scenario("allocator options that exclude each other", allocator, {"ENV-ALLOC": "FAIL"}, "yes", "no", "max_split"),
     Scenario("the task queue is off", queue_off, {"ENV-QUEUE": "WARN"}, "yes", "yes", "ASCEND_LAUNCH_BLOCKING"),

@@ -14,7 +14,9 @@ import ascend_envcheck
 from ascend_envcheck import errors
 from ascend_envcheck.commands import COMMANDS
 from ascend_envcheck.messages import CHINESE, Message, told
+from ascend_envcheck.rules.packs import read_pack
 from ascend_envcheck.rules.rule import GROUPS
+from ascend_envcheck.snapshot import Distribution, Snapshot
 
 SOURCE = Path(ascend_envcheck.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -83,3 +85,13 @@ def test_a_rule_of_the_plan_is_there_under_its_name() -> None:
     """The ids of the catalogue are promised to be stable: other people's scripts say --only and --skip."""
     promised = (Path(__file__).parent / "stable_ids.txt").read_text().split()
     assert set(promised) <= {rule.id for rule in ascend_envcheck.RULES}
+
+
+def test_the_pack_of_the_readme_is_one(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (pack,) = re.findall(r"```json\n(.*?)```", readme, flags=re.DOTALL)
+    (tmp_path / "ours.json").write_text(pack)
+    (rule,) = read_pack(tmp_path / "ours.json")
+    there = Snapshot(distributions={"diffusers": Distribution("0.29.0")})
+    (finding,) = rule.judge(there)
+    assert (finding.id, finding.severity.value) == ("OURS-DIFFUSERS", "WARN")

@@ -313,6 +313,11 @@ def test_scenario(machine: FakeMachine, scenario: Scenario) -> None:
         assert finding.severity is not Severity.FAIL or (finding.command and finding.source)
 
 
+def test_no_machine_is_told_twice() -> None:
+    names = [scenario.name for scenario in SCENARIOS]
+    assert len(set(names)) == len(names)
+
+
 def test_the_command_is_the_one_that_helps(machine: FakeMachine) -> None:
     wrong_torch_npu(machine)
     commands = {finding.id: finding.command for finding in machine.report().findings}
