@@ -198,7 +198,7 @@ def test_an_existing_folder_is_kept_unless_told(
     refused(hf_to_mm(hf, mm), mm, capsys, str(mm), "--overwrite")
     assert (mm / "mine").read_text() == "kept"
     assert main(hf_to_mm(hf, mm, "[[5]]", "[[3]]", 1, "--overwrite")) == 0
-    assert sorted(p.name for p in mm.iterdir()) == ["latest_checkpointed_iteration.txt", "release"]
+    assert sorted(p.name for p in mm.iterdir()) == ["latest_checkpointed_iteration.txt", "manifest.json", "release"]
     assert [p.name for p in (mm / "release").iterdir()] == ["mp_rank_00"], "no rank of the old layout stays"
 
 
@@ -228,16 +228,16 @@ def test_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) 
 
 
 def test_ctrl_c_leaves_nothing(make_model: MakeModel, tmp_path: Path) -> None:
-    """A real process, interrupted while it makes a tensor that takes a minute."""
+    """A real process, interrupted while it copies tensors a byte at a time."""
     hf = make_model()
     assert main(hf_to_mm(hf, tmp_path / "mm")) == 0
     script = (
-        "import signal, sys, time\n"
+        "import os, signal, sys, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # whatever was inherited
-        "from mm_convert import execute\n"
+        "from mm_convert import copying\n"
         "from mm_convert.cli import main\n"
-        "def hang(*_):\n    print('writing', flush=True)\n    time.sleep(60)\n"
-        "execute.assemble = hang\n"
+        "def slow(*_):\n    os.write(1, b'writing\\n')\n    time.sleep(0.1)\n"
+        "copying.read_all, copying.CHUNK = slow, 1\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     arguments = mm_to_hf(tmp_path / "mm", hf, tmp_path / "back")

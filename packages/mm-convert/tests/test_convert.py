@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny_checkpoint import LLM_LAYERS, VIT_LAYERS, MakeModel, new_names, tensors
 
-from mm_convert import CheckpointError, Converter, Layout, MegatronFolder
+from mm_convert import (
+    CheckpointError,
+    Converter,
+    HuggingFaceFolder,
+    Layout,
+    MegatronFolder,
+    assemble,
+    huggingface_reader,
+    megatron_reader,
+)
 
 QWEN = Converter.named("Qwen2_5_VLConverter")
 
@@ -64,6 +73,7 @@ def test_the_new_folder_is_a_whole_model(make_model: MakeModel, tmp_path: Path) 
     QWEN.mm_to_hf(tmp_path / "mm", hf, tmp_path / "back")
     assert sorted(p.name for p in (tmp_path / "back").iterdir()) == [
         "config.json",
+        "manifest.json",
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
         "model.safetensors.index.json",
@@ -131,6 +141,28 @@ def test_replicas_that_drifted_apart_are_refused(make_model: MakeModel, tmp_path
     with pytest.raises(CheckpointError, match=r"final_layernorm.weight in mp_rank_01.* must equal"):
         QWEN.mm_to_hf(tmp_path / "mm", hf, tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+def test_replicas_that_hold_nan_are_equal(make_model: MakeModel, tmp_path: Path) -> None:
+    hf = make_model(**{"model.norm.weight": torch.full((16,), float("nan"))})
+    QWEN.hf_to_mm(hf, tmp_path / "mm", Layout(llm_pp_layers=((5,),), vit_pp_layers=((3,),), tp_size=2))
+    QWEN.mm_to_hf(tmp_path / "mm", hf, tmp_path / "back")
+    for path in hf.glob("*.safetensors"):
+        assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()
+    mm, model = MegatronFolder.open(tmp_path / "mm"), HuggingFaceFolder.open(hf)
+    [norm] = [ref for ref in model.tensors if ref.name == "model.norm.weight"]
+    assert assemble(QWEN.plan_mm_to_hf(mm, model), norm, megatron_reader(mm)).isnan().all()
+
+
+def test_slices_of_tensors_in_memory(make_model: MakeModel, tmp_path: Path) -> None:
+    hf, layout = make_model(), Layout(llm_pp_layers=((2, 3),), vit_pp_layers=((3, 0),), tp_size=2)
+    QWEN.hf_to_mm(hf, tmp_path / "mm", layout)
+    model = HuggingFaceFolder.open(hf)
+    plan = QWEN.plan_hf_to_mm(model, layout)
+    with huggingface_reader(model) as read:
+        for ref in plan.targets:
+            file = torch.load(tmp_path / "mm/release" / ref.file, weights_only=True, mmap=True)
+            assert torch.equal(assemble(plan, ref, read), file[ref.section][ref.name])
 
 
 def test_the_dtype_of_a_trained_checkpoint_is_kept(make_model: MakeModel, tmp_path: Path) -> None:

@@ -9,23 +9,29 @@ then carried out. `Converter` does it for folders; `relate`, `Plan` and `assembl
 whoever holds the tensors in memory.
 """
 
-from mm_convert.convert import Converter
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from mm_convert.errors import (
     CheckpointError,
     ConvertError,
     LayoutError,
     ModelError,
     OutputExistsError,
+    OutputSpaceError,
     TotalityError,
 )
-from mm_convert.execute import assemble, huggingface_reader, megatron_reader
 from mm_convert.families import CONVERTERS, Family
 from mm_convert.families.family import ModelSizes
-from mm_convert.huggingface import HuggingFaceFolder
 from mm_convert.layout import Layout
-from mm_convert.megatron import MegatronFolder
 from mm_convert.plan import Plan, Ref, Segment, Spec
 from mm_convert.relate import relate
+
+if TYPE_CHECKING:
+    from mm_convert.convert import Converter
+    from mm_convert.huggingface import HuggingFaceFolder
+    from mm_convert.in_memory import assemble, huggingface_reader, megatron_reader
+    from mm_convert.megatron import MegatronFolder
 
 __all__ = [
     "Converter",
@@ -49,4 +55,21 @@ __all__ = [
     "CheckpointError",
     "TotalityError",
     "OutputExistsError",
+    "OutputSpaceError",
 ]  # fmt: skip
+
+# What the command line's help can do without, and where it is.
+_LATER = {
+    "Converter": "convert",
+    "HuggingFaceFolder": "huggingface",
+    "MegatronFolder": "megatron",
+    "assemble": "in_memory",
+    "huggingface_reader": "in_memory",
+    "megatron_reader": "in_memory",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(importlib.import_module(f"mm_convert.{_LATER[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from mm_convert.convert import Converter
 from mm_convert.errors import ConvertError
 from mm_convert.families import CONVERTERS
 from mm_convert.layout import Layout
@@ -16,6 +15,7 @@ from mm_convert.layout import Layout
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
+    from mm_convert.convert import Converter
     from mm_convert.plan import Plan
 
 
@@ -94,6 +94,7 @@ COMMANDS = {
 def build_parser() -> ArgumentParser:
     """The whole command line."""
     from jsonargparse import ArgumentParser
+    from jsonargparse.typing import PositiveInt
 
     parser = ArgumentParser(prog="mm-convert", description=sys.modules[__name__].__doc__)
     converters = parser.add_subcommands(dest="converter")
@@ -106,20 +107,30 @@ def build_parser() -> ArgumentParser:
             sub.add_argument("--config", action="config", help="a YAML file with these options")
             sub.add_argument("--cfg", type=options)
             sub.add_argument("--overwrite", action="store_true", help="replace the target folder")
+            sub.add_argument("--resume", action="store_true", help="go on where a run of the same line was broken off")
+            sub.add_argument("--workers", type=PositiveInt, help="threads that copy (default: up to 4)")
             commands.add_subcommand(command, sub, help=help_text)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0 when done, 2 for bad input, 3 for a defect of ours."""
+    resume = False
     try:
         parser = build_parser()
-        plan, target = _run(parser.instantiate(parser.parse_args(argv)))
+        args = parser.instantiate(parser.parse_args(argv))
+        chosen = args[args.converter]
+        options = chosen[chosen.command]
+        resume = options.resume
+        from mm_convert.convert import Converter
+
+        plan, target = _run(Converter.named(args.converter), chosen.command, options)
     except (ConvertError, OSError) as error:
         print(f"mm-convert: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("mm-convert: interrupted; nothing was written", file=sys.stderr)
+        left = "the same line goes on from here" if resume else "nothing was written"
+        print(f"mm-convert: interrupted; {left}", file=sys.stderr)
         return 130
     except Exception:  # noqa: BLE001  # the edge of the command: a defect of ours, shown whole
         traceback.print_exc()
@@ -131,20 +142,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(args: Namespace) -> tuple[Plan, str]:
-    converter = Converter.named(args.converter)
-    chosen = args[args.converter]
-    options = chosen[chosen.command]
+def _run(converter: Converter, command: str, options: Namespace) -> tuple[Plan, str]:
     cfg = options.cfg
     parallel = cfg.parallel_config
-    if chosen.command == "hf_to_mm":
-        plan = converter.hf_to_mm(cfg.hf_config.hf_dir, cfg.mm_dir, parallel.layout(), overwrite=options.overwrite)
-        return plan, cfg.mm_dir
-    plan = converter.mm_to_hf(
-        cfg.mm_dir,
-        cfg.hf_config.hf_dir,
-        cfg.save_hf_dir,
-        layout=parallel and parallel.layout(),
-        overwrite=options.overwrite,
-    )
-    return plan, cfg.save_hf_dir
+    how = {"overwrite": options.overwrite, "resume": options.resume, "workers": options.workers}
+    if command == "hf_to_mm":
+        return converter.hf_to_mm(cfg.hf_config.hf_dir, cfg.mm_dir, parallel.layout(), **how), cfg.mm_dir
+    layout = parallel and parallel.layout()
+    return converter.mm_to_hf(cfg.mm_dir, cfg.hf_config.hf_dir, cfg.save_hf_dir, layout=layout, **how), cfg.save_hf_dir

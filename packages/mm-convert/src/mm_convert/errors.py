@@ -7,12 +7,18 @@
     ├── LayoutError        (ValueError)       layer lists and parallel sizes that can't be
     ├── CheckpointError    (ValueError)       a file or a tensor that is missing, extra, broken or different
     ├── TotalityError      (ValueError)       a plan that would lose or invent bytes
-    └── OutputExistsError  (FileExistsError)  a target that is there already
+    ├── OutputExistsError  (FileExistsError)  a target that is there already
+    └── OutputSpaceError   (OSError)          a disk that is too small for the result
 
 Every message says what was given, what is legal and what to do.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mm_convert.plan import Ref
 
 
 class ConvertError(Exception):
@@ -37,3 +43,15 @@ class TotalityError(ConvertError, ValueError):
 
 class OutputExistsError(ConvertError, FileExistsError):
     """The target exists; nothing is overwritten without being told to."""
+
+
+class OutputSpaceError(ConvertError, OSError):
+    """The result would not fit on its disk."""
+
+
+def unequal(again: Ref, first: Ref, target: Ref) -> str:
+    """The words for two sources that must hold the same bytes, but do not."""
+    return (
+        f"{again.name} in {again.file} must equal {first.name} in {first.file} (both make {target.name}), but it"
+        " does not"
+    )

@@ -1,142 +1,207 @@
-"""Carry a plan out: read slices, put them together, write each file once."""
+"""Carry a plan out: byte ranges of the sources go to their places in the new files, several at once.
+
+Memory does not grow with the model: a worker holds a buffer or two (see :mod:`mm_convert.copying`).
+"""
 
 from __future__ import annotations
 
-import json
+import errno
+import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from mm_convert.errors import CheckpointError
-from mm_convert.huggingface import INDEX, SINGLE, HuggingFaceFolder
-from mm_convert.megatron import CHECKPOINT_VERSION, TRACKER, MegatronFolder, load_rank_file
-from mm_convert.output import new_folder
-from mm_convert.plan import Plan, Ref, Segment
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Read = Callable[[Segment], "Tensor"]
-"""Gives a segment's slice of its source."""
+from mm_convert.copying import Copier, Job, Output, jobs, write_all
+from mm_convert.errors import OutputSpaceError
+from mm_convert.journal import MANIFEST, Journal, is_finished, manifest, with_digests
+from mm_convert.output import clear_leftovers, new_folder
+from mm_convert.plan import Plan, Ref
+from mm_convert.stored import StoredFile
 
 
-def assemble(plan: Plan, target: Ref, read: Read) -> Tensor:
-    """Make one target tensor.
+class FileLayout(Protocol):
+    """A file to write, every byte's place known beforehand."""
 
-    Raises:
-        CheckpointError: a second source of the same bytes differs (see :mod:`mm_convert.plan`).
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+
+    @property
+    def offsets(self) -> Mapping[Ref, int]:
+        """Where each tensor's first byte goes."""
+
+    def frame(self, crcs: Mapping[Ref, int]) -> Iterator[tuple[int, bytes]]:
+        """What is no tensor: (offset, bytes)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A folder to write.
+
+    Attributes:
+        directory: its final name.
+        layouts: its files of tensors, by their names in the plan.
+        inside: the subfolder that holds them; empty for none.
+        others: further files, written after the tensors in this order: their bytes, or a file to copy.
+        options: what the user chose, for the manifest.
     """
-    import torch
 
-    segments = plan.writes[target]
-    slices = [read(segment) for segment in segments]
-    tensor = torch.cat(slices, dim=segments[0].dim) if len(slices) > 1 else slices[0].clone()
-    for segment in plan.checks.get(target, ()):
-        written = tensor.narrow(segment.dim, segment.target_start, segment.length)
-        if not torch.equal(written, read(segment)):
-            first = segments[0].source
-            raise CheckpointError(
-                f"{segment.source.name} in {segment.source.file} must equal {first.name} in {first.file}"
-                f" (both make {target.name}), but it does not"
-            )
-    return tensor
+    directory: Path
+    layouts: Mapping[str, FileLayout]
+    inside: str = ""
+    others: Mapping[str, bytes | Path]
+    options: Mapping[str, Any]
+
+    def name(self, file: str) -> str:
+        """A file's name in the folder."""
+        return f"{self.inside}/{file}" if self.inside else file
 
 
-def write_megatron(
-    plan: Plan, source: HuggingFaceFolder, target: Path, *, sections: dict[str, list[str]], overwrite: bool
+def execute(
+    plan: Plan,
+    sources: Mapping[str, StoredFile],
+    target: Target,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    workers: int | None = None,
 ) -> None:
-    """Write the rank files of a new ``release`` checkpoint; the tracker comes last.
+    """Make the target folder.
 
     Args:
-        plan: from ``plan_hf_to_mm``.
-        source: the Hugging Face folder that the plan reads.
-        target: the new folder.
-        sections: the sections of every rank's file, empty ones included.
-        overwrite: replace an existing folder.
+        plan: what goes where.
+        sources: the files that it reads, by their names in the plan.
+        target: the folder.
+        overwrite: replace a checkpoint that stands there.
+        resume: go on where an earlier run of the same conversion was broken off, and keep this run's work if it is.
+        workers: threads that copy; by default as many as there are processors, at most 4.
+
+    Raises:
+        CheckpointError: a source changed, or copies that must agree do not.
+        OutputExistsError: the target is occupied, or another process or another conversion is at it.
+        OutputSpaceError: the disk has too little space.
+        OSError: reading or writing failed.
     """
-    import torch
-
-    files = plan.files()
-    with (
-        new_folder(target, overwrite=overwrite) as folder,
-        _progress(plan) as done,
-        huggingface_reader(source) as read,
-    ):
-        for file, names in sections.items():
-            content: dict[str, Any] = {name: {} for name in names}
-            for ref in files.get(file, []):
-                content[ref.section][ref.name] = assemble(plan, ref, read)
-                done(plan.targets[ref].nbytes)
-            path = folder / "release" / file
-            path.parent.mkdir(parents=True)
-            torch.save({**content, "checkpoint_version": CHECKPOINT_VERSION}, path)
-        (folder / TRACKER).write_text("release")
-
-
-def write_huggingface(
-    plan: Plan, source: MegatronFolder, template: HuggingFaceFolder, target: Path, *, overwrite: bool
-) -> None:
-    """Write a Hugging Face folder with the template's shards, names, configuration and tokenizer."""
-    from safetensors.torch import save_file
-
-    read = megatron_reader(source)
-    files = plan.files()
-    with new_folder(target, overwrite=overwrite) as folder, _progress(plan) as done:
-        for file, refs in files.items():
-            tensors = {}
-            for ref in refs:
-                tensors[ref.name] = assemble(plan, ref, read).contiguous()
-                done(plan.targets[ref].nbytes)
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-        if set(files) != {SINGLE}:
-            index = {
-                "metadata": {"total_size": plan.nbytes},
-                "weight_map": {ref.name: ref.file for ref in sorted(plan.targets, key=lambda r: r.name)},
-            }
-            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        for path in template.other_files():
-            shutil.copyfile(path, folder / path.name)
-
-
-@contextmanager
-def huggingface_reader(source: HuggingFaceFolder) -> Iterator[Read]:
-    """Slices of a Hugging Face folder's tensors, straight from the files."""
-    from safetensors import safe_open
-
-    with ExitStack() as stack:
-        files = {
-            file: stack.enter_context(safe_open(source.directory / file, framework="pt"))
-            for file in {ref.file for ref in source.tensors}
+    names = {file: target.name(file) for file in target.layouts}
+    sizes = {names[file]: layout.size for file, layout in target.layouts.items()}
+    expected = manifest(plan, sources.values(), target.options, sizes)
+    if resume and is_finished(target.directory, expected, sources.values()):
+        clear_leftovers(target.directory)
+        return
+    for source in sources.values():
+        source.check_unchanged()
+    with new_folder(target.directory, overwrite=overwrite, resume=resume) as scratch:
+        journal = Journal(scratch / "journal", expected, sources.values())
+        outputs = {
+            file: Output(path=scratch / "new" / names[file], offsets=target.layouts[file].offsets) for file in names
         }
+        fresh = [output.path for output in outputs.values() if not output.path.exists()]
+        _check_space(scratch, sum(sizes[names[f]] for f, o in outputs.items() if o.path in fresh))
+        with _space_explained(target.directory):
+            for file, output in outputs.items():
+                _reserve(output.path, target.layouts[file].size)
+            crcs = _copy_all(plan, sources, outputs, journal, workers or default_workers())
+            for source in sources.values():
+                source.check_unchanged()
+            for file, output in outputs.items():
+                _write_frame(output.path, target.layouts[file], crcs)
+            _write_others(scratch / "new", {MANIFEST: with_digests(expected, crcs, names), **target.others})
 
-        def read(segment: Segment) -> Tensor:
-            stored = files[segment.source.file].get_slice(segment.source.name)
-            rows = slice(segment.source_start, segment.source_start + segment.length)
-            return stored[(slice(None),) * segment.dim + (rows,)]  # type: ignore[no-any-return]
 
-        yield read
+def default_workers() -> int:
+    """Processors that this process may use, at most 4: beyond that disks, not processors, are the limit."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(4, usable or 1)
 
 
-def megatron_reader(source: MegatronFolder) -> Read:
-    """Slices of a Megatron folder's tensors, memory mapped."""
-    loaded: dict[str, dict[str, dict[str, Tensor]]] = {}
+def _copy_all(
+    plan: Plan, sources: Mapping[str, StoredFile], outputs: Mapping[str, Output], journal: Journal, workers: int
+) -> dict[Ref, int]:
+    """Copy what the journal does not hold, check what it does; every tensor's CRC."""
+    with _progress(plan.nbytes) as advance:
+        copier = Copier(plan=plan, sources=sources, outputs=outputs, advance=advance)
+        kept = dict(journal.done)
 
-    def read(segment: Segment) -> Tensor:
-        ref = segment.source
-        if ref.file not in loaded:
-            loaded[ref.file] = load_rank_file(source.directory / ref.file)
-        tensor = loaded[ref.file][ref.section][ref.name]
-        return tensor.narrow(segment.dim, segment.source_start, segment.length)
+        def work(job: Job) -> None:
+            if all(ref in kept and copier.crc(ref) == kept[ref] for ref in job):
+                advance(sum(plan.targets[ref].nbytes for ref in job))
+            else:
+                journal.add(copier.run(job))
 
-    return read
+        _in_parallel(work, jobs(plan, sources), workers, copier)
+    return journal.done
+
+
+def _in_parallel(work: Callable[[Job], None], todo: list[Job], workers: int, copier: Copier) -> None:
+    """Do all jobs; the first failure, or an interruption, stops the others within a buffer's time."""
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for future in as_completed([pool.submit(work, job) for job in todo]):
+                future.result()
+        except BaseException:
+            copier.stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    usage = shutil.disk_usage(folder)
+    # Some network file systems don't know, and say that they have nothing at all.
+    if usage.total and needed > usage.free:
+        raise OutputSpaceError(
+            f"{folder.parent} has {usage.free:,} bytes free, the result takes {needed:,}; make room, or choose another"
+            " disk"
+        )
 
 
 @contextmanager
-def _progress(plan: Plan) -> Iterator[Callable[[int], object]]:
+def _space_explained(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OutputSpaceError(f"{target} can't be written: {error.strerror}; make room and run again") from error
+        raise
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Give a new file its length; it takes space as it fills."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        if file.tell() != size:
+            file.truncate(0)
+            file.truncate(size)
+
+
+def _write_frame(path: Path, layout: FileLayout, crcs: Mapping[Ref, int]) -> None:
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        for offset, data in layout.frame(crcs):
+            write_all(descriptor, data, offset)
+    finally:
+        os.close(descriptor)
+
+
+def _write_others(folder: Path, others: Mapping[str, bytes | Path]) -> None:
+    for name, content in others.items():
+        if isinstance(content, Path):
+            shutil.copyfile(content, folder / name)
+        else:
+            (folder / name).write_bytes(content)
+
+
+@contextmanager
+def _progress(nbytes: int) -> Iterator[Callable[[int], object]]:
+    """Bytes, rate and time left on a terminal; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
     from tqdm import tqdm
 
-    # disable=None: silent when stderr is not a terminal
-    with tqdm(total=plan.nbytes, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
+    with tqdm(total=nbytes, unit="B", unit_scale=True, unit_divisor=1024) as bar:
         yield bar.update

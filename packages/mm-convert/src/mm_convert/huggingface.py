@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from mm_convert.errors import CheckpointError, ModelError
-from mm_convert.plan import BYTES, Ref, Spec
+from mm_convert.journal import MANIFEST
+from mm_convert.plan import Ref, Spec
+from mm_convert.safetensors_file import read_safetensors
+from mm_convert.stored import StoredFile
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # Weights in other formats are never copied along: they would contradict the new ones.
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
-LARGEST_HEADER = 100 << 20  # safetensors' own limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +27,13 @@ class HuggingFaceFolder:
         directory: the folder.
         config: ``config.json``.
         tensors: every tensor, by address; the section is always empty.
+        files: where the tensors' bytes stand.
     """
 
     directory: Path
     config: dict[str, Any]
     tensors: dict[Ref, Spec]
+    files: dict[str, StoredFile]
 
     @classmethod
     def open(cls, directory: str | Path) -> HuggingFaceFolder:
@@ -50,46 +54,22 @@ class HuggingFaceFolder:
             if Path(file).name != file or not (directory / file).is_file():
                 reason = f"{INDEX} names it" if weight_map else f"and there is no {INDEX}"
                 raise CheckpointError(f"{directory / file} is missing ({reason}); copy the whole checkpoint")
-        tensors = {Ref(f, "", n): spec for f in files for n, spec in read_header(directory / f).items()}
+        stored = {file: read_safetensors(directory / file) for file in files}
+        tensors = {Ref(file, *name): spec for file, held in stored.items() for name, spec in held.specs.items()}
         if weight_map is not None:
             _check_index(index, weight_map, tensors)
-        return cls(directory=directory, config=config, tensors=tensors)
+        return cls(directory=directory, config=config, tensors=tensors, files=stored)
 
     def other_files(self) -> list[Path]:
         """What belongs to the model beside the weights: configuration, tokenizer, templates."""
         return [
             path
             for path in sorted(self.directory.iterdir())
-            if path.is_file() and path.name != INDEX and path.suffix not in WEIGHTS and not path.name.startswith(".")
+            if path.is_file()
+            and path.name not in {INDEX, MANIFEST}
+            and path.suffix not in WEIGHTS
+            and not path.name.startswith(".")
         ]
-
-
-def read_header(path: Path) -> dict[str, Spec]:
-    """The tensors of a safetensors file: 8 bytes of length (little endian), then JSON.
-
-    Raises:
-        CheckpointError: the file is not safetensors, or truncated.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(size - 8, LARGEST_HEADER):
-            raise CheckpointError(f"{path} is not a safetensors file, or it is truncated")
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            specs = {name: Spec(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} has no valid safetensors header: {error}") from error
-    if 8 + length + end != size:
-        raise CheckpointError(
-            f"{path} has {size} bytes, its header asks for {8 + length + end}: truncated? copy it again"
-        )
-    strange = {spec.dtype for spec in specs.values()} - BYTES.keys()
-    if strange:
-        raise CheckpointError(f"{path} holds tensors of dtype {sorted(strange)}; known: {', '.join(BYTES)}")
-    return specs
 
 
 def _check_index(index: Path, weight_map: dict[str, str], tensors: dict[Ref, Spec]) -> None:

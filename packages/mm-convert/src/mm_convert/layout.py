@@ -16,6 +16,7 @@ from mm_convert.errors import LayoutError
 
 Part = Literal["llm", "vit"]
 LayerLists = tuple[tuple[int, ...], ...]
+RANK_FILE = "model_optim_rng.pt"
 RANK_DIR = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
 
 

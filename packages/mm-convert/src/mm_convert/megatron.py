@@ -18,10 +18,13 @@ from typing import Any
 
 from mm_convert.errors import CheckpointError
 from mm_convert.layout import RANK_DIR, Layout, Part
+from mm_convert.layout import RANK_FILE as RANK_FILE
 from mm_convert.plan import Ref, Spec
+from mm_convert.restricted_pickle import DTYPES
+from mm_convert.stored import StoredFile
+from mm_convert.torch_file import read_torch_file
 
 TRACKER = "latest_checkpointed_iteration.txt"
-RANK_FILE = "model_optim_rng.pt"
 CHECKPOINT_VERSION = 3.0  # without it Megatron takes the file for version 0 and reorders QKV
 LAYER: dict[Part, re.Pattern[str]] = {
     "llm": re.compile(r"text_decoder\.decoder\.layers\.(\d+)\."),
@@ -37,11 +40,13 @@ class MegatronFolder:
         directory: the iteration's folder (``DIR/release`` or ``DIR/iter_0001000``).
         layout: the layout that its folders and tensor names show.
         tensors: every tensor; files are named from `directory` on.
+        files: where the tensors' bytes stand.
     """
 
     directory: Path
     layout: Layout
     tensors: dict[Ref, Spec]
+    files: dict[str, StoredFile]
 
     @classmethod
     def open(cls, directory: str | Path) -> MegatronFolder:
@@ -52,19 +57,16 @@ class MegatronFolder:
         """
         iteration = iteration_dir(Path(directory))
         tp_size, pp_size = _sizes(iteration)
-        files = {
-            f"{path.parent.name}/{path.name}": load_rank_file(path)
+        read = {
+            f"{path.parent.name}/{path.name}": read_torch_file(path)
             for path in sorted(iteration.glob(f"mp_rank_*/{RANK_FILE}"))
         }
-        tensors = {
-            Ref(file, section, name): spec_of(tensor)
-            for file, sections in files.items()
-            for section, held in sections.items()
-            for name, tensor in held.items()
-        }
+        files = {file: stored for file, (stored, _) in read.items()}
+        tensors = {Ref(file, *name): spec for file, stored in files.items() for name, spec in stored.specs.items()}
         # Counted from the sections: the last virtual stage may hold no tensor.
-        vpp_size = max(len(sections) for sections in files.values())
-        return cls(directory=iteration, layout=_layout(tensors, tp_size, pp_size, vpp_size), tensors=tensors)
+        vpp_size = max(len(sections) for _, sections in read.values())
+        layout = _layout(tensors, tp_size, pp_size, vpp_size)
+        return cls(directory=iteration, layout=layout, tensors=tensors, files=files)
 
 
 def iteration_dir(directory: Path) -> Path:
@@ -115,13 +117,11 @@ def load_rank_file(path: Path) -> dict[str, dict[str, Any]]:
 
 def spec_of(tensor: Any) -> Spec:
     """The header of a torch tensor."""
-    return Spec(_safetensors_dtype(tensor.dtype), tuple(tensor.shape))
-
-
-def _safetensors_dtype(dtype: Any) -> str:
-    name = str(dtype).removeprefix("torch.")
-    special = {"bool": "BOOL", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
-    return special.get(name) or re.sub(r"^(b?f|u|i)(?:loat|int)", r"\1", name).upper()
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    known = {name: key for key, name in DTYPES.items()}
+    if dtype not in known:
+        raise CheckpointError(f"a tensor has dtype {dtype}; known: {', '.join(known)}")
+    return Spec(known[dtype], tuple(tensor.shape))
 
 
 def _sizes(iteration: Path) -> tuple[int, int]:

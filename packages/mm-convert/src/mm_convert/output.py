@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
+import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -37,19 +39,90 @@ def check_free(target: Path, *, overwrite: bool, sources: Iterable[Path] = ()) -
 
 
 @contextlib.contextmanager
-def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A temporary sibling of `target` that takes its place on success, and goes away on any error."""
-    check_free(target, overwrite=overwrite)
+def new_folder(target: Path, *, overwrite: bool, resume: bool = False) -> Iterator[Path]:
+    """A folder beside `target` to work in. What is made in its ``new`` takes the target's place on success.
+
+    Args:
+        target: the folder to make.
+        overwrite: replace a checkpoint that stands there.
+        resume: give back what an earlier run left, and leave this run's work if it fails.
+
+    Raises:
+        OutputExistsError: see :func:`check_free`, or another process is at it.
+    """
     target = target.absolute()
+    scratch = scratch_of(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    with _locked(target, scratch):
+        _settle(target, scratch)
+        finished = False
+        try:
+            check_free(target, overwrite=overwrite)
+            if not resume:
+                _empty(scratch)
+            (scratch / "new").mkdir(exist_ok=True)
+            yield scratch
+            if target.exists():
+                target.rename(scratch / "old")
+            (scratch / "new").rename(target)
+            finished = True
+        finally:
+            _settle(target, scratch)
+            if finished or not resume or not (scratch / "new").exists():
+                shutil.rmtree(scratch, ignore_errors=True)
+
+
+def scratch_of(target: Path) -> Path:
+    """Where a target is made before it appears."""
+    target = target.absolute()
+    return target.parent / f".{target.name}.partial"
+
+
+def clear_leftovers(target: Path) -> None:
+    """Remove what a run left that was killed just after the target had appeared.
+
+    Raises:
+        OutputExistsError: another process is at it.
+    """
+    scratch = scratch_of(target)
+    if scratch.exists():
+        with _locked(target, scratch):
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(target: Path, scratch: Path) -> Iterator[None]:
+    """Hold the lock of the working folder, so that no second process works in it."""
+    scratch.mkdir(exist_ok=True)
+    lock = os.open(scratch / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        (scratch / "new").mkdir()
-        yield scratch / "new"
-        if target.exists():
-            target.rename(scratch / "old")
-        (scratch / "new").rename(target)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise OutputExistsError(
+            f"another process is writing {target}; wait for it, or choose another folder"
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            os.close(lock)
+            raise
+        # Some network file systems know no locks; there the user sees to it that one process writes.
+    try:
+        yield
     finally:
-        if (scratch / "old").exists() and not target.exists():
-            (scratch / "old").rename(target)
-        shutil.rmtree(scratch, ignore_errors=True)
+        os.close(lock)
+
+
+def _settle(target: Path, scratch: Path) -> None:
+    """End a replacement that was broken off between its two renames: the old checkpoint comes back."""
+    if (scratch / "old").exists() and not target.exists():
+        (scratch / "old").rename(target)
+    shutil.rmtree(scratch / "old", ignore_errors=True)
+
+
+def _empty(scratch: Path) -> None:
+    for path in scratch.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != "lock":
+            path.unlink()

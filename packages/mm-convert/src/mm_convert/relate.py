@@ -6,8 +6,7 @@ from collections.abc import Iterable
 
 from mm_convert.errors import CheckpointError
 from mm_convert.families.family import Family, ModelSizes
-from mm_convert.layout import Layout
-from mm_convert.megatron import RANK_FILE
+from mm_convert.layout import RANK_FILE, Layout
 from mm_convert.plan import Ref, Segment, Spec, Specs, listed
 from mm_convert.rules import Rule
 

@@ -1,0 +1,233 @@
+"""Make target tensors out of byte ranges of the sources, a buffer at a time."""
+
+from __future__ import annotations
+
+import os
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+from mm_convert.errors import CheckpointError, unequal
+from mm_convert.plan import BYTES, Plan, Ref, Segment, Spec
+from mm_convert.stored import StoredFile
+
+# What a worker holds of a file at a time: small enough to stay in the processor's cache between reading, CRC and
+# writing (4 MiB took nearly twice the processor time), large enough that calls cost nothing.
+CHUNK = 1 << 20
+BIG = 256 << 20
+
+Job = tuple[Ref, ...]
+"""Targets that are made together, because they are cut out of the same rows."""
+
+
+class Stopped(Exception):
+    """Another worker failed, or the user interrupted: this one's work is no longer wanted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """A file that is being written: where it is, and where its tensors go."""
+
+    path: Path
+    offsets: Mapping[Ref, int]
+
+
+def jobs(plan: Plan, sources: Mapping[str, StoredFile]) -> list[Job]:
+    """All targets; those cut from the same rows together, so that the rows are read once.
+
+    Big ones come first, so that no worker is left alone with one at the end, the others in the order in which their
+    sources stand.
+    """
+    groups: dict[object, list[Ref]] = {}
+    for target, segments in plan.writes.items():
+        shared = tuple(sorted({s.source for s in segments})) if _rows(plan, target) > 1 else target
+        groups.setdefault((segments[0].dim, shared), []).append(target)
+
+    def place(job: Job) -> tuple[bool, str, int]:
+        first = plan.writes[job[0]][0]
+        offset = sources[first.source.file].offsets[first.source.section, first.source.name]
+        return sum(plan.targets[ref].nbytes for ref in job) < BIG, first.source.file, offset
+
+    return sorted(map(tuple, groups.values()), key=place)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copier:
+    """Carries out jobs; many threads may share one.
+
+    Args:
+        plan: the plan.
+        sources: the files to read, by their names in the plan.
+        outputs: the files to write, laid out, by their names in the plan.
+        advance: told how many bytes were written, again and again.
+        stop: when set, work ends with :class:`Stopped`.
+    """
+
+    plan: Plan
+    sources: Mapping[str, StoredFile]
+    outputs: Mapping[str, Output]
+    advance: Callable[[int], object]
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def run(self, job: Job) -> dict[Ref, int]:
+        """Write the tensors of a job.
+
+        Returns:
+            CRC-32 of each.
+
+        Raises:
+            CheckpointError: a source changed, or two sources of the same bytes differ.
+            OSError: reading or writing failed.
+        """
+        with ExitStack() as stack:
+            files = _Files(self, stack)
+            if _rows(self.plan, job[0]) > 1:
+                crcs = self._interleave(job, files)
+            else:
+                crcs = {target: self._concatenate(target, files) for target in job}
+            for target in job:
+                for segment in self.plan.checks.get(target, ()):
+                    self._compare(segment, files)
+            return crcs
+
+    def crc(self, target: Ref) -> int:
+        """CRC-32 of what stands in a target's place."""
+        crc = 0
+        with ExitStack() as stack:
+            descriptor, offset = _Files(self, stack).target(target)
+            for part in self._read(descriptor, offset, self.plan.targets[target].nbytes):
+                crc = zlib.crc32(part, crc)
+        return crc
+
+    def _concatenate(self, target: Ref, files: _Files) -> int:
+        out, position = files.target(target)
+        crc = 0
+        for segment in self.plan.writes[target]:
+            descriptor, offset = files.source(segment.source)
+            for start, _, length in self._runs(segment):
+                for part in self._read(descriptor, offset + start, length):
+                    crc = zlib.crc32(part, crc)
+                    write_all(out, part, position)
+                    position += len(part)
+                    self.advance(len(part))
+        return crc
+
+    def _interleave(self, job: Job, files: _Files) -> dict[Ref, int]:
+        """Tensors cut along a later dimension: some rows of every source at a time, dealt out to the targets."""
+        rows = _rows(self.plan, job[0])
+        segments = [s for target in job for s in self.plan.writes[target]]
+        sources = {s.source: self.plan.sources[s.source].nbytes // rows for s in segments}
+        targets = {target: self.plan.targets[target].nbytes // rows for target in job}
+        step = min(rows, max(1, CHUNK // max(1, *sources.values(), *targets.values())))
+        blocks = {ref: memoryview(bytearray(step * width)) for ref, width in (sources | targets).items()}
+        crcs = dict.fromkeys(job, 0)
+        for row in range(0, rows, step):
+            count = min(step, rows - row)
+            for ref, width in sources.items():
+                descriptor, offset = files.source(ref)
+                self._fill(descriptor, blocks[ref][: count * width], offset + row * width)
+            for segment in segments:
+                self._deal(segment, blocks, sources[segment.source], targets[segment.target], count)
+            for ref, width in targets.items():
+                descriptor, offset = files.target(ref)
+                made = blocks[ref][: count * width]
+                crcs[ref] = zlib.crc32(made, crcs[ref])
+                write_all(descriptor, made, offset + row * width)
+                self.advance(len(made))
+        return crcs
+
+    def _deal(
+        self, segment: Segment, blocks: Mapping[Ref, memoryview], source_width: int, target_width: int, rows: int
+    ) -> None:
+        source, target = blocks[segment.source], blocks[segment.target]
+        at, to, length = next(self._runs(segment))
+        for _ in range(rows):
+            target[to : to + length] = source[at : at + length]
+            at += source_width
+            to += target_width
+
+    def _compare(self, segment: Segment, files: _Files) -> None:
+        descriptor, offset = files.source(segment.source)
+        made, place = files.target(segment.target)
+        for start, target_start, length in self._runs(segment):
+            again = self._read(descriptor, offset + start, length)
+            written = self._read(made, place + target_start, length)
+            if any(a != b for a, b in zip(again, written, strict=True)):
+                first = self.plan.writes[segment.target][0].source
+                raise CheckpointError(unequal(segment.source, first, segment.target))
+
+    def _runs(self, segment: Segment) -> Iterator[tuple[int, int, int]]:
+        """A segment as runs of bytes: (offset in the source, offset in the target, length)."""
+        source, target = self.plan.sources[segment.source], self.plan.targets[segment.target]
+        below = prod(source.shape[segment.dim + 1 :]) * BYTES[source.dtype]
+        for row in range(prod(source.shape[: segment.dim])):
+            at, to = row * source.shape[segment.dim], row * target.shape[segment.dim]
+            yield (at + segment.source_start) * below, (to + segment.target_start) * below, segment.length * below
+
+    def _read(self, descriptor: int, offset: int, length: int) -> Iterator[memoryview]:
+        """A range in parts, each valid until the next is asked for."""
+        buffer = memoryview(bytearray(min(CHUNK, length)))
+        for start in range(0, length, CHUNK):
+            part = buffer[: min(CHUNK, length - start)]
+            self._fill(descriptor, part, offset + start)
+            yield part
+
+    def _fill(self, descriptor: int, part: memoryview, offset: int) -> None:
+        if self.stop.is_set():
+            raise Stopped
+        read_all(descriptor, part, offset)
+
+
+class _Files:
+    """The files of one job, opened when first needed."""
+
+    def __init__(self, copier: Copier, stack: ExitStack) -> None:
+        self.copier, self.stack = copier, stack
+        self.descriptors: dict[tuple[str, str], int] = {}
+
+    def source(self, ref: Ref) -> tuple[int, int]:
+        """Descriptor, and the tensor's first byte."""
+        file = self.copier.sources[ref.file]
+        if ("source", ref.file) not in self.descriptors:
+            self.descriptors["source", ref.file] = self.stack.enter_context(file.opened())
+        return self.descriptors["source", ref.file], file.offsets[ref.section, ref.name]
+
+    def target(self, ref: Ref) -> tuple[int, int]:
+        """Descriptor, and the place of the tensor's first byte."""
+        output = self.copier.outputs[ref.file]
+        if ("target", ref.file) not in self.descriptors:
+            descriptor = os.open(output.path, os.O_RDWR)
+            self.stack.callback(os.close, descriptor)
+            self.descriptors["target", ref.file] = descriptor
+        return self.descriptors["target", ref.file], output.offsets[ref]
+
+
+def read_all(descriptor: int, part: memoryview, offset: int) -> None:
+    """Fill `part` from a file.
+
+    Raises:
+        CheckpointError: the file ends before.
+    """
+    done = 0
+    while done < len(part):
+        count = os.preadv(descriptor, [part[done:]], offset + done)
+        if not count:
+            raise CheckpointError(f"a source ends at byte {offset + done}, where more was planned: was it truncated?")
+        done += count
+
+
+def write_all(descriptor: int, part: bytes | memoryview, offset: int) -> None:
+    """Write `part` into a file at `offset`."""
+    done = 0
+    while done < len(part):
+        done += os.pwrite(descriptor, part[done:], offset + done)
+
+
+def _rows(plan: Plan, target: Ref) -> int:
+    """How many separate runs the dimensions before the cut make of each segment; 1 means contiguous."""
+    spec: Spec = plan.targets[target]
+    return prod(spec.shape[: plan.writes[target][0].dim])
