@@ -345,6 +345,8 @@ def test_an_interrupted_process_says_so_and_writes_nothing(machine: FakeMachine,
         env=environ,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell starts what it runs in the background with SIGINT ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 30
     while not (tmp_path / "importing").exists() and time.monotonic() < deadline:

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from ranks import run_all, run_ranks
 from torch import Tensor
 
-import dit_ulysses.lost
 from dit_ulysses import (
     DisagreementError,
     GroupError,
@@ -253,13 +252,7 @@ def _go(how: str) -> None:
         time.sleep(0.1)
 
 
-def loses(function: Callable[..., None], lost: int, how: str) -> None:
-    vars(dit_ulysses.lost)["_GRACE"] = GRACE
-    function(lost, how)
-
-
-HANGING = 4.0  # seconds that a process group waits for a rank that hangs
-GRACE = 3.0  # seconds in which a rank that lives has to report
+HANGING = 8.0  # seconds that a process group waits for a rank that hangs, and to be made anew
 LOSSES: list[tuple[Callable[..., None], int, int, str]] = [  # by ranks and the one that is lost
     (dies_while_attending, 4, 2, "exits"),
     (dies_while_attending, 3, 0, "is killed"),
@@ -277,7 +270,7 @@ def test_a_rank_that_is_lost_is_named_by_all_others() -> None:
     """All at once, as they mostly wait."""
     with ThreadPoolExecutor(len(LOSSES)) as pool:
         started = [
-            pool.submit(run_ranks, ranks, loses, function, lost, how, limit=HANGING if how == "hangs" else 60.0)
+            pool.submit(run_ranks, ranks, function, lost, how, limit=HANGING if how == "hangs" else 60.0)
             for function, ranks, lost, how in LOSSES
         ]
     for (function, _, lost, how), results in zip(LOSSES, started, strict=True):
