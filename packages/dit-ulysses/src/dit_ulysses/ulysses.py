@@ -29,7 +29,7 @@ from dit_ulysses.wire import Arriving, all_to_all, exchange, exchange_packed, op
 
 Attention = Callable[..., Tensor]  # (q, k, v) or, with a mask, (q, k, v, mask)
 
-_PACKED = 1 << 20  # bytes of queries for one rank; measured on gloo, see benchmarks/ulysses.py
+_PACKED = 1 << 18  # bytes of queries for one rank; measured on gloo, see benchmarks/ulysses.py
 
 _JOINT = ("joint queries", "joint keys", "joint values")
 
