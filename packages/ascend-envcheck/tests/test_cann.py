@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -149,6 +150,25 @@ def test_operators_and_toolkit(toolkit: str, ops: str, severity: Severity) -> No
     assert only("CANN-OPS-VER", replace(WITH_CANN, files=files)).severity is severity
 
 
+@pytest.mark.parametrize(
+    ("toolkit", "ops", "command"),
+    [
+        ("9.0.0", "77.0.0", "./Ascend-cann-910b-ops_9.0.0_*.run --install"),
+        ("8.2.RC1", "77.0.0", "./Ascend-cann-kernels-910b_8.2.RC1_*.run --install"),  # called so before 8.5
+    ],
+)
+def test_the_package_of_operators_is_named_for_the_npu_that_is_here(toolkit: str, ops: str, command: str) -> None:
+    files = {
+        f"{HOME}/aarch64-linux/ascend_toolkit_install.info": f"version={toolkit}\n",
+        f"{HOME}/aarch64-linux/ascend_ops_install.info": f"version={ops}\n",
+    }
+    table = (Path(__file__).parent / "data" / "npu_smi" / "910b2.txt").read_text()
+    listed = {"npu-smi info": CommandFacts("ok", output=table)}
+    assert only("CANN-OPS-VER", replace(WITH_CANN, files=files, commands=listed)).command == command
+    unknown = only("CANN-OPS-VER", replace(WITH_CANN, files=files, commands={}))
+    assert unknown.command == command.replace("910b", "<soc>")
+
+
 def test_the_old_layouts_kernels_tell_their_version() -> None:
     info = {f"{HOME}/opp_kernel/version.info": "Version=8.3.T5.0.B028\nversion_dir=8.3.RC1\n"}
     assert "8.3.RC1" in only("CANN-OPS-VER", replace(WITH_CANN, files={**WITH_CANN.files, **info})).cause
@@ -269,3 +289,10 @@ def test_loading_tells_what_the_loader_says(tmp_path: Path) -> None:
 def test_a_copy_of_files_is_not_loaded_from(machine: FakeMachine) -> None:
     healthy(machine)
     assert machine.snapshot().loads == {}
+
+
+def test_a_version_from_a_snapshot_is_one_word_of_a_command() -> None:
+    """A snapshot may come from anywhere, and its command is copied."""
+    found = {"triton-ascend": Distribution("3.2.0; reboot"), "triton": Distribution("3.2.0")}
+    command = only("TRITON-ASCEND", replace(WITH_CANN, distributions=found)).command
+    assert shlex.split(command, comments=True)[-1] == "triton-ascend==3.2.0; reboot"

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -230,7 +231,7 @@ def test_a_bad_snapshot_is_one_line(
     [
         [],
         ["chekc"],
-        ["check", "--import_seconds", "0"],
+        ["check", "--import_seconds", "-1"],
         ["check", "--import_seconds", "soon"],
         ["check", "--import_seconds", "nan"],
         ["check", "--profile", "both"],
@@ -248,6 +249,18 @@ def test_a_wrong_call(arguments: list[str], capsys: pytest.CaptureFixture[str]) 
         cli.main(arguments)
     assert stop.value.code == 2
     assert "usage: ascend-envcheck" in capsys.readouterr().err
+
+
+def test_standard_output_that_is_closed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a service that was started with ``>&-``: sys.stdout is None."""
+    answering(monkeypatch)
+    with monkeypatch.context() as closed:
+        closed.setattr(sys, "stdout", None)
+        assert cli.main(["schema"]) == 2
+        assert cli.main(["snapshot", "-o", str(tmp_path / "machine.json")]) == 0
+    assert capsys.readouterr().err == "error: standard output is closed\n"
 
 
 def test_a_rule_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
@@ -368,11 +381,78 @@ def test_how_to_look_is_handed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     calls = answering(monkeypatch)
     hosts = tmp_path / "hosts"
     hosts.write_text("# nodes\n10.0.0.1 slots=8\n\n10.0.0.2  # the second\n")
-    cli.main(["check", "--root", "/copy", "--smoke", "--peers", str(hosts), "--import_seconds", "7"])
+    cli.main(["check", "--root", str(tmp_path), "--smoke", "--peers", str(hosts), "--import_seconds", "7"])
     (call,) = calls
-    assert (call["root"], call["smoke"], call["import_seconds"]) == ("/copy", True, 7)
+    assert (call["root"], call["smoke"], call["import_seconds"]) == (str(tmp_path), True, 7)
     assert call["peers"] == ("10.0.0.1", "10.0.0.2")
     assert cli.main(["check", "--peers", str(tmp_path / "none")]) == 2
+
+
+def test_no_seconds_mean_no_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = answering(monkeypatch)
+    for name in (["check"], ["snapshot"]):
+        cli.main([*name, "--import_seconds", "0"])
+    assert [call["import_torch"] for call in calls] == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--root", "no-such-folder"], "no-such-folder: there is no such folder"),
+        (["--root", "a-file"], "a-file: there is no such folder"),
+        (["--from", "a-file", "--root", "."], "--from judges a snapshot"),
+        (["--from", "a-file", "--smoke"], "--from judges a snapshot"),
+        (["--from", "a-file", "--peers", "hosts"], "--from judges a snapshot"),
+        (["--smoke", "--import_seconds", "0"], "--smoke computes with torch"),
+        (["--peers", "hosts"], "hosts:2: '--help' is no address"),
+        (["--peers", "binary"], "binary:1: "),
+    ],
+)
+@pytest.mark.parametrize("command", [["check"], ["fix", "--emit", "out.sh"]])
+def test_options_that_could_not_be_meant(
+    arguments: list[str],
+    words: str,
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A verdict on something else than what was asked for would be worse than none."""
+    calls = answering(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    Path("a-file").write_text(Snapshot().to_json())
+    Path("hosts").write_text("10.0.0.1\n--help\n")
+    Path("binary").write_bytes(b"\xff\x00\xfe")
+    assert cli.main([*command, *arguments]) == 2
+    assert words in capsys.readouterr().err
+    assert not calls
+
+
+@pytest.mark.parametrize("name", ["", "check", "snapshot", "diff", "explain", "env", "matrix", "fix", "list", "schema"])
+def test_every_terminal_can_show_the_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """argparse writes it as it stands: to a terminal of the C locale, another character is a traceback."""
+    with pytest.raises(SystemExit):
+        cli.main([*([name] if name else []), "--help"])
+    assert capsys.readouterr().out.isascii()
+
+
+def test_a_pipe_or_a_device_is_not_replaced_by_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Root could rename a file over /dev/null."""
+    answering(monkeypatch)
+    pipe, link, text = tmp_path / "pipe", tmp_path / "link", tmp_path / "text"
+    os.mkfifo(pipe)
+    for target in (pipe, tmp_path):
+        assert cli.main(["snapshot", "-o", str(target), "--overwrite"]) == 2
+        assert "no regular file" in capsys.readouterr().err
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    text.write_text("mine")
+    link.symlink_to(text)
+    assert cli.main(["snapshot", "-o", str(link), "--overwrite"]) == 0
+    assert link.is_symlink()
+    assert text.read_text().startswith("{")
+    assert sorted(tmp_path.iterdir()) == [link, pipe, text]
 
 
 def test_progress_is_told_to_a_terminal_only(

@@ -66,14 +66,17 @@ def stubs(tmp_path: Path) -> Path:
     [
         (
             "pip install torch==2.6.0 torch_npu==2.6.0",
-            ("pip uninstall -y torch_npu", "pip install torch==2.5.0+cpu"),
+            (
+                "pip uninstall -y torch_npu",
+                "pip install --no-deps torch==2.5.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu",
+            ),
         ),
         (
             "pip install torch==2.6.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu   # or yours",
-            ("pip install torch==2.5.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu",),
+            ("pip install --no-deps torch==2.5.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu",),
         ),
-        ("pip install --no-deps 'torchvision==0.21.*'", ("pip install torchvision==0.20.0 --no-deps",)),
-        ("pip uninstall -y torchvision", ("pip install torchvision==0.20.0",)),
+        ("pip install --no-deps 'torchvision==0.21.*'", ("pip install --no-deps torchvision==0.20.0",)),
+        ("pip uninstall -y torchvision", ("pip install --no-deps torchvision==0.20.0",)),
         ("pip install psutil", ("pip uninstall -y psutil",)),
         ("pip install of-which-nobody-wrote-down", ()),
         ("export HCCL_CONNECT_TIMEOUT=600", ("export HCCL_CONNECT_TIMEOUT=120",)),
@@ -116,6 +119,7 @@ def test_ready_steps_and_their_undo(command: str, undo: tuple[str, ...]) -> None
         ("pip install …", HAS_PLACEHOLDER, ()),
         ("pip install -r FILE", HAS_PLACEHOLDER, ()),
         ("dmesg | tail", NOT_KNOWN, ()),
+        ("env | grep -E '^(ASCEND|LD_LIBRARY_PATH)' | tr ':' '\\n'", NOT_KNOWN, ()),
         ("pip install torch; rm -rf ~", NOT_KNOWN, ()),
         ("pip install torch && rm -rf ~", NOT_KNOWN, ()),
         ("pip install `rm x`", NOT_KNOWN, ()),
@@ -169,7 +173,18 @@ def test_a_step_and_its_undo_call_pip(tmp_path: Path, stubs: Path) -> None:
     assert (tmp_path / "called").read_text() == "pip|install|torch>=2.6|torch_npu==2.6.0|\n"
     (tmp_path / "called").unlink()
     assert bash(text, "undo", "TORCH-NPU", cwd=tmp_path, stubs=stubs).returncode == 0
-    assert (tmp_path / "called").read_text() == "pip|uninstall|-y|torch_npu|\npip|install|torch==2.5.0+cpu|\n"
+    index = "--extra-index-url|https://download.pytorch.org/whl/cpu"
+    again = f"pip|install|--no-deps|torch==2.5.0+cpu|{index}|"
+    assert (tmp_path / "called").read_text() == f"pip|uninstall|-y|torch_npu|\n{again}\n"
+
+
+def test_the_undo_brings_back_what_pip_would_not_put_together() -> None:
+    """The wheels of torch_npu ask for one torch; and a build for CUDA is on PyTorch's own index alone."""
+    parted = {"torch": Distribution("2.6.0+cu124"), "torch_npu": Distribution("2.7.1")}
+    made = step("pip install torch==2.6.0 torch_npu==2.6.0", replace(BEFORE, distributions=parted))
+    (undo,) = made.undo
+    assert undo.startswith("pip install --no-deps torch==2.6.0+cu124 torch_npu==2.7.1 ")
+    assert undo.endswith(" --extra-index-url https://download.pytorch.org/whl/cu124")
 
 
 def test_a_variable_is_printed_for_the_calling_shell(tmp_path: Path) -> None:

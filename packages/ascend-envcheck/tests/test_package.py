@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -45,6 +46,14 @@ def test_the_manual_is_true() -> None:
         ascend_envcheck.colect  # noqa: B018
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_what_a_module_offers_is_there(path: Path) -> None:
+    parts = [part for part in path.relative_to(SOURCE.parent).with_suffix("").parts if part != "__init__"]
+    if parts[-1] != "__main__":
+        module = importlib.import_module(".".join(parts))
+        assert all(hasattr(module, name) for name in getattr(module, "__all__", ()))
+
+
 def test_the_version_is_the_one_of_the_distribution() -> None:
     pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     assert f'version = "{ascend_envcheck.__version__}"' in pyproject
@@ -85,6 +94,19 @@ def test_a_rule_of_the_plan_is_there_under_its_name() -> None:
     """The ids of the catalogue are promised to be stable: other people's scripts say --only and --skip."""
     promised = (Path(__file__).parent / "stable_ids.txt").read_text().split()
     assert set(promised) <= {rule.id for rule in ascend_envcheck.RULES}
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    (tmp_path / "train.log").write_bytes(b"caf\xe9\nImportError: libatb.so: cannot open shared object file\n")
+    code = code.replace("collect()", "collect(import_torch=False)")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stderr == ""
+    assert "root LIB-ATB 2 " in done.stdout
+    assert "torch_npu='2.7.1" in done.stdout
 
 
 def test_the_pack_of_the_readme_is_one(tmp_path: Path) -> None:

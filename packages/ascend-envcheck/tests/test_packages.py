@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ascend_envcheck import Finding, Severity, Snapshot, check
+from ascend_envcheck.messages import CHINESE, told
 from ascend_envcheck.probes.place import Place
 from ascend_envcheck.probes.python import DISTRIBUTIONS, look
 from ascend_envcheck.probes.tree import Tree
@@ -62,6 +63,13 @@ def test_a_version_outside_of_the_bounds(version: str, words: str) -> None:
     cause = only("MM-PACKAGES", having(transformers=version)).cause
     assert words in cause
     assert ("transformers" in cause) == bool(words)
+
+
+def test_what_is_missing_is_listed_and_not_told_one_by_one() -> None:
+    few = having(transformers="4.57.0", megatron_core="0.16.0", numpy="2.0.0", pillow="11.0.0", pyyaml="6.0.2")
+    cause = only("MM-PACKAGES", few).cause
+    assert "safetensors, tqdm are not installed; transformers is 4.57.0" in cause
+    assert "未安装 safetensors、tqdm；transformers 为 4.57.0" in told(cause, CHINESE)
 
 
 def test_the_pins_of_others_speak_where_they_are_installed() -> None:

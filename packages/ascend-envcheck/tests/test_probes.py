@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ from ascend_envcheck import Snapshot, check, collect, probes
 from ascend_envcheck.probes import PROBES, python
 from ascend_envcheck.probes.command import last_line, run
 from ascend_envcheck.probes.place import Facts, Place
+from ascend_envcheck.probes.redact import redact, users
 from ascend_envcheck.probes.tree import MAX_BYTES, Tree
+from ascend_envcheck.snapshot import CommandFacts
 
 ENV = {"PATH": "/usr/bin:/bin"}
 
@@ -81,6 +84,43 @@ def test_a_time_limit_ends_the_children_too(tmp_path: Path) -> None:
     assert (outcome, detail, out) == ("timeout", "no answer within 2 s", "before\n")
     child = int((tmp_path / "pid").read_text())
     assert _ends(child), "it would have slept for 1000 s"
+
+
+def test_an_interrupt_ends_what_was_started(machine: FakeMachine, tmp_path: Path) -> None:
+    """A child is a session of its own, which Ctrl-C does not reach: an import that hangs would stay for ever."""
+    note = tmp_path / "pids"
+    machine.torch("2.7.1", f"import os, time\nopen({str(note)!r}, 'a').write(f'{{os.getpid()}} ')\ntime.sleep(1000)\n")
+
+    def interrupt(step: str) -> None:
+        for _ in range(600):
+            if note.exists() and note.read_text().endswith(" "):
+                raise KeyboardInterrupt
+            time.sleep(0.1)
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(root=str(machine.root), environ=machine.environ, search_path=[], progress=interrupt)
+    for thread in threading.enumerate():  # of the probes, which would go on with what they have yet to ask
+        if thread.name.startswith("probe "):
+            thread.join(30)
+    (started,) = note.read_text().split()
+    assert _ends(int(started))
+    assert machine.snapshot(import_seconds=0.1).imports.torch == "timeout", "another look may start processes again"
+
+
+def test_nothing_waits_for_the_threads_of_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter joins threads that are no daemons, with all that waits in their queue, after Ctrl-C too."""
+    daemons: list[bool] = []
+
+    def answer(self: Place, *line: str) -> CommandFacts:
+        daemons.append(threading.current_thread().daemon)
+        return CommandFacts("ok", output=line[1])
+
+    monkeypatch.setattr(Place, "run", answer)
+    place = Place(Tree(), ENV, [], live=True, command_seconds=5, import_seconds=5)
+    answers = place.run_all([("ask", str(number)) for number in range(40)])
+    assert {line: facts.output for line, facts in answers.items()} == {f"ask {n}": str(n) for n in range(40)}
+    assert daemons == [True] * 40
+    assert place.run_all([]) == {}
 
 
 def _ends(process: int) -> bool:
@@ -179,6 +219,36 @@ def test_torch_is_never_imported_here(machine: FakeMachine) -> None:
     before = sys.modules.get("torch")
     assert machine.snapshot().imports.device == "npu"
     assert sys.modules.get("torch") is before
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"USER": "jdoe"},
+        {"LOGNAME": "jdoe"},
+        {"USER": "root", "HOME": "/root", "SUDO_USER": "jdoe"},
+        {"HOME": "/home/jdoe"},  # of a service or a container, which often sets nothing else
+    ],
+)
+def test_the_name_of_the_user_is_in_no_path(environ: dict[str, str], tmp_path: Path) -> None:
+    environ = {**environ, "LD_LIBRARY_PATH": "/home/jdoe/lib:/data/jdoe/lib"}
+    snapshot = collect(root=str(tmp_path), environ=environ, search_path=[], import_torch=False)
+    seen = replace(snapshot, python=replace(snapshot.python, executable="/data/jdoe/venv/bin/python"))
+    assert "jdoe" not in snapshot.to_json()
+    assert "jdoe" not in redact(seen, home="", users=users(environ)).to_json()
+
+
+def test_a_cann_in_the_folder_of_the_user_is_judged_all_the_same(machine: FakeMachine) -> None:
+    """On a data disk, where the home folder is not: all that names the folder must go on to name one."""
+    home = "/data/jdoe/Ascend/cann"
+    machine.file(f"{home}/runtime/version.info", "version_dir=8.5.0\n")
+    machine.file(f"{home}/set_env.sh")
+    machine.source(home)
+    machine.environ["USER"] = "jdoe"
+    snapshot = machine.snapshot()
+    assert "jdoe" not in snapshot.to_json()
+    (finding,) = check(snapshot, only=["CANN-VER"]).findings
+    assert "8.5.0" in finding.cause
 
 
 def test_no_secret_leaves_the_machine(machine: FakeMachine) -> None:

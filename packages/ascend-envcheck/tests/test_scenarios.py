@@ -306,6 +306,7 @@ def test_scenario(machine: FakeMachine, scenario: Scenario) -> None:
     assert infer == (scenario.infer or train)
     assert report.exit_code() == int("FAIL" in scenario.faults.values())
     assert report.exit_code(strict=True) == int(bool(scenario.faults))
+    assert all(finding.command.isprintable() for finding in report.findings), "a command is one line, to be copied"
     causes = [f.cause for f in report.findings if f.id in scenario.faults]
     assert not scenario.words or any(scenario.words in cause for cause in causes)
     for finding in report.findings:

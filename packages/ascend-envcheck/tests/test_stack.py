@@ -124,6 +124,48 @@ def test_the_pip_line_knows_the_cpu_wheels_of_x86() -> None:
     assert "+cpu" not in only("TORCH-NPU", arm).command
 
 
+def test_what_is_said_of_one_mismatch_leads_to_one_pair() -> None:
+    """torch_npu for this torch and this CANN; another CANN as well would part the pair again."""
+    files = {f"{HOME}/runtime/version.info": "version_dir=8.2.RC1"}
+    snapshot = with_distributions(
+        replace(Snapshot(), cann_homes=(HOME,), files=files), torch="2.6.0", torch_npu="2.7.1"
+    )
+    assert only("TORCH-CANN", snapshot).severity is Severity.WARN
+    assert only("TORCH-CANN", snapshot).command == only("TORCH-NPU", snapshot).command
+
+
+@pytest.mark.parametrize(
+    ("torch", "torch_npu", "command"),
+    [
+        ("2.5.1+cpu", None, "pip install 'torch>=2.6' --index-url https://download.pytorch.org/whl/cpu"),
+        ("2.5.1+cu121", None, "pip install 'torch>=2.6'"),  # PyPI's torch for x86-64 is one of CUDA
+        ("2.5.1+cpu", "2.5.1", "ascend-envcheck matrix --solve   # torch and torch_npu are upgraded together"),
+    ],
+)
+def test_an_old_torch_is_upgraded_without_loss(torch: str, torch_npu: str | None, command: str) -> None:
+    """Neither CUDA is taken from it, nor its torch_npu left behind."""
+    seen = ImportFacts(torch="ok", torch_version=torch, accelerator_api=False)
+    snapshot = replace(Snapshot(), imports=seen, python=PythonFacts(machine="x86_64"))
+    versions = {"torch": torch, **({"torch_npu": torch_npu} if torch_npu else {})}
+    finding = only("TORCH-ACCEL", with_distributions(snapshot, **versions))
+    assert (finding.severity, finding.command) == (Severity.FAIL, command)
+
+
+def test_an_import_that_was_not_tried_is_said_once() -> None:
+    report = check(Snapshot(), profile="train", only=["IMPORT-TORCH", "TORCH-ACCEL"])
+    verdict = next(verdict for verdict in report.verdicts if verdict.device == "cpu")
+    assert verdict.answer == "not known"
+    assert sum("import" in reason for reason in verdict.reasons) == 1
+
+
+@pytest.mark.parametrize(
+    ("outcome", "detail"), [("failed", "ImportError: no"), ("timeout", "no answer within 9 s"), ("crashed", "")]
+)
+def test_a_failed_import_is_told_by_its_reason(outcome: str, detail: str) -> None:
+    finding = only("IMPORT-TORCH", replace(Snapshot(), imports=ImportFacts(torch=outcome, torch_detail=detail)))
+    assert finding.cause == f"`import torch` fails: {detail or outcome}"
+
+
 def test_two_kinds_of_accelerator() -> None:
     seen = ImportFacts(torch="ok", device="cuda", device_count=1)
     snapshot = with_distributions(replace(Snapshot(), imports=seen, devices=NPU), torch="2.7.1", torch_npu="2.7.1")
@@ -212,6 +254,8 @@ def test_the_torchvision_of_the_cpu_index() -> None:
     snapshot = replace(Snapshot(), python=PythonFacts(machine="x86_64"))
     finding = only("TORCHVISION", with_distributions(snapshot, torch="2.9.0+cpu", torchvision="0.21.0"))
     assert finding.command.startswith("pip install --no-deps 'torchvision==0.24.*' --index-url")
+    assert "another torch than 2.9.0+cpu, with which torchvision 0.24 goes" in finding.cause
+    assert "torch 2.9.0+cpu 配套的是 torchvision 0.24" in told(finding.cause, CHINESE)
 
 
 # docs.pytorch.org/audio, compatibility matrix

@@ -16,6 +16,7 @@ from ascend_envcheck.findings import Finding, Report, Severity
 from ascend_envcheck.messages import say
 from ascend_envcheck.probes.python import DISTRIBUTIONS, variables
 from ascend_envcheck.snapshot import UNLIMITED, Snapshot
+from ascend_envcheck.tables import WHEELS
 
 NEEDS_ROOT = say("needs root", "需要 root 权限")
 DOWNLOADS = say("downloads or installs what is not a Python package", "会下载或安装 Python 包以外的内容")
@@ -32,6 +33,7 @@ _PLACEHOLDER = re.compile(
     r"…|\.\.\.|<[^<>=\s]+>|"
     r"(?<![\w$./-])(?!(?:TRUE|FALSE|INFO|WARN|WARNING|ERROR|DEBUG)\b)[A-Z][A-Z_]{2,}(?![\w=./-])"
 )
+_IN_QUOTES = re.compile(r"'[^']*'")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.,:/=<>!~+@\[\]*%-]")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _REQUIREMENT = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)(\[[A-Za-z0-9,._-]+\])?([=<>!~]=?[A-Za-z0-9.,<>=!~*+]+)?\Z")
@@ -94,9 +96,9 @@ def _step(id_: str, finding: Finding, snapshot: Snapshot) -> Step:
 
 
 def _why_held(command: str) -> str:
-    without_comment = command.split(" #")[0]
+    bare = _IN_QUOTES.sub("''", command.split(" #")[0])  # in quotes are patterns and programs
     for pattern, reason in _HOLDS:
-        if pattern.search(without_comment):
+        if pattern.search(bare):
             return reason
     return NOT_KNOWN
 
@@ -158,13 +160,23 @@ def _pip_undo(verb: str, names: Sequence[str], options: Sequence[str], snapshot:
     before = [(name, versions.get(_normal(name))) for name in names]
     if any(version is None and _normal(name) not in map(_normal, DISTRIBUTIONS) for name, version in before):
         return  # nobody looked whether it was installed
-    kept = [option for option in options if option not in ("-y", "--yes", "-U", "--upgrade")]
+    kept = [option for option in options if option not in ("-y", "--yes", "-U", "--upgrade", "--no-deps")]
     pins = [f"{name}=={version}" for name, version in before if version and _VERSION.match(version)]
     new = [name for name, version in before if version is None]
     if verb == "install" and new:
         yield _joined(["pip", "uninstall", "-y", *new])
     if pins:
-        yield _joined(["pip", "install", *pins, *kept])
+        # What was there may not go together, which is why it was changed: pip would refuse it.
+        yield _joined(["pip", "install", "--no-deps", *pins, *kept, *_index_of(pins, kept)])
+
+
+def _index_of(pins: Sequence[str], options: Sequence[str]) -> Sequence[str]:
+    """PyTorch's index of a build with a label (+cpu, +cu121), which PyPI does not have; none where one is named."""
+    labels = [found[1] for found in map(_LABEL.search, pins) if found]
+    return ["--extra-index-url", f"{WHEELS}/{labels[0]}"] if labels and not {*options} & {*_WITH_VALUE} else []
+
+
+_LABEL = re.compile(r"\+(cpu|cu\d+)\Z")
 
 
 def _normal(name: str) -> str:

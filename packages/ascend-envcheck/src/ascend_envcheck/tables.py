@@ -137,8 +137,11 @@ def cross_pairing(row: TorchNpuRow, cann: str) -> Pairing | None:
     return next((pair for pair in pairings("cross") if (pair.of, pair.fits) == wanted), None)
 
 
-CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-"""PyTorch's own index; the only one that has builds with the label +cpu."""
+WHEELS = "https://download.pytorch.org/whl"
+"""PyTorch's own indexes, one for each label of a build: +cpu, +cu121."""
+
+CPU_INDEX = f"{WHEELS}/cpu"
+"""The only one that has builds with the label +cpu."""
 
 
 def torch_requirement(row: TorchNpuRow, machine: str) -> str:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ascend_envcheck.commands.facts import add_probing, look_here, read_snapshot
+from ascend_envcheck.commands.facts import add_probing, snapshot_for
 from ascend_envcheck.commands.terminal import add_language, language, may_colour, show
 from ascend_envcheck.findings import PROFILES
 
@@ -22,8 +22,8 @@ def add(commands: Any) -> None:
         forms.add_argument(
             f"--{name}", action="store_const", const=name, dest="format", help=f"print the report as {name}"
         )
-    parser.add_argument("--only", type=ids, default=[], metavar="ID,…", help="run these rules only")
-    parser.add_argument("--skip", type=ids, default=[], metavar="ID,…", help="run all rules but these")
+    parser.add_argument("--only", type=ids, default=[], metavar="ID,...", help="run these rules only")
+    parser.add_argument("--skip", type=ids, default=[], metavar="ID,...", help="run all rules but these")
     parser.add_argument("--strict", action="store_true", help="a WARN makes the exit status 1 too")
     parser.add_argument("--from", type=Path, metavar="FILE", dest="source", help="judge this snapshot")
     add_rule_files(parser)
@@ -40,10 +40,7 @@ def run(options: argparse.Namespace) -> int:
 
     rules = all_rules(options.rules)
     chosen = choose(options.only, options.skip, rules)
-    if options.source is not None:
-        snapshot = read_snapshot(options.source)
-    else:
-        snapshot = look_here(options, import_torch=any(rule.needs_import for rule in chosen))
+    snapshot = snapshot_for(options, import_torch=any(rule.needs_import for rule in chosen))
     report = check(snapshot, profile=options.profile, only=options.only, skip=options.skip, rules=rules)
     form = options.format or "text"
     show(rendered(report, snapshot, rules, kind=form, language=language(options), colours=may_colour()))

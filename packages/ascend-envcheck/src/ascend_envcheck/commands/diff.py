@@ -19,7 +19,7 @@ _RARE = Message(
     "{fact} {value}, {others} of {count} have {usual}", "{fact} 为 {value}，{count} 个中有 {others} 个为 {usual}"
 )
 _AS_MOST = Message("{names}: as the majority", "{names}：与多数一致")
-_DIFFERS = Message("{name}: {count} differences from the majority", "{name}：与多数有 {count} 处不同")
+_DIFFERS = Message("{name}: differs from the majority in {count}", "{name}：与多数有 {count} 处不同")
 _TIE = say("no majority, so none of them is the odd one:", "没有多数，无法判断谁不同：")
 _COLON = say(": ", "：")
 

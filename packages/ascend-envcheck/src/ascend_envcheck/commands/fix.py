@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ascend_envcheck.commands.check import add_rule_files
-from ascend_envcheck.commands.facts import add_probing, look_here, read_snapshot
+from ascend_envcheck.commands.facts import add_probing, snapshot_for
 from ascend_envcheck.commands.terminal import add_language, language
 from ascend_envcheck.findings import PROFILES
 from ascend_envcheck.messages import Message, say, told
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     if not options.overwrite:
         refuse_existing(options.emit)
     rules = all_rules(options.rules)
-    snapshot = read_snapshot(options.source) if options.source is not None else look_here(options)
+    snapshot = snapshot_for(options)
     report = check(snapshot, profile=options.profile, rules=rules)
     planned, spoken = steps(report, snapshot), language(options)
     if not planned:

@@ -22,7 +22,7 @@ FIXABLE: Mapping[str, str] = {
     "hdk": "25.5.0: driver and firmware",
     "mindspeed_mm": "26.0.0",
     "mindie_sd": "3.0.0",
-    "soc": "910B2, A3, 310P3, …: for the names of packages",
+    "soc": "910B2, A3, 310P3: for the names of packages",
     "machine": "x86_64 or aarch64: for the build of torch",
 }
 """What may be fixed, with an example."""

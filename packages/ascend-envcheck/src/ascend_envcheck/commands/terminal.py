@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 
 
 def show(text: str) -> None:
-    """Write to standard output, whatever its encoding."""
+    """Write to standard output, whatever its encoding.
+
+    Raises:
+        OSError: it is closed (``>&-``), or full.
+    """
+    if sys.stdout is None:
+        raise OSError("standard output is closed")
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, errors="backslashreplace").decode(encoding))
 

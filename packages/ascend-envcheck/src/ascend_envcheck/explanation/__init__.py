@@ -14,7 +14,7 @@ from ascend_envcheck.explanation.result import Explanation, Found, Place
 from ascend_envcheck.explanation.scan import Scan
 from ascend_envcheck.explanation.sources import Source, blocks
 
-__all__ = ["Explanation", "Found", "LogError", "Place", "explain", "explain_files"]
+__all__ = ["Explanation", "Found", "Place", "explain", "explain_files"]
 
 _UNKNOWN = 8  # unexplained lines that are kept: as many as one looks at
 

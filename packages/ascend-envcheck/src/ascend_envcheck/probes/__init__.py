@@ -13,8 +13,9 @@ import time
 from typing import Callable, Iterable, Mapping, Sequence
 
 from ascend_envcheck.probes import cann, driver, host, imports, network, python
+from ascend_envcheck.probes.command import begin, end_all
 from ascend_envcheck.probes.place import Facts, Place
-from ascend_envcheck.probes.redact import redact
+from ascend_envcheck.probes.redact import redact, users
 from ascend_envcheck.probes.tree import Tree
 from ascend_envcheck.snapshot import FAILED, TIMEOUT, CommandFacts, Snapshot
 
@@ -76,12 +77,16 @@ def collect(
         smoke=smoke,
         peers=tuple(peers),
     )
+    begin()
     running = [_Running(name, look, place, command_seconds * _CHAINED) for name, look in PROBES.items()]
     if import_torch:
         running.append(_Running(_IMPORT, imports.look, place, import_seconds * _CHAINED))
-    _wait(running, progress)
-    user = env.get("USER") or env.get("LOGNAME") or ""
-    return redact(Snapshot(**_merged(running)), home=env.get("HOME", ""), user=user)
+    try:
+        _wait(running, progress)
+    except BaseException:
+        end_all()
+        raise
+    return redact(Snapshot(**_merged(running)), home=env.get("HOME", ""), users=users(env))
 
 
 class _Running:
@@ -90,7 +95,7 @@ class _Running:
     def __init__(self, name: str, look: Callable[[Place], Facts], place: Place, seconds: float) -> None:
         self.name, self.facts, self.trouble = name, {}, None  # type: str, Facts, CommandFacts | None
         self.deadline = time.monotonic() + seconds + _PATIENCE
-        self._thread = threading.Thread(target=self._look, args=(look, place), daemon=True)
+        self._thread = threading.Thread(target=self._look, args=(look, place), name=f"probe {name}", daemon=True)
         self._thread.start()
 
     def _look(self, look: Callable[[Place], Facts], place: Place) -> None:

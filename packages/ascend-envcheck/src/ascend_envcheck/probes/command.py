@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from typing import TYPE_CHECKING, Mapping, Sequence
 
 from ascend_envcheck.snapshot import CRASHED, FAILED, MISSING, OK, TIMEOUT
@@ -12,16 +13,24 @@ if TYPE_CHECKING:
     import subprocess
 
 MAX_CHARS = 64 * 1024
+_INTERRUPTED = "interrupted"
+
+_ALIVE: set[subprocess.Popen[bytes]] = set()
+"""What runs now, in whatever thread: they are sessions of their own, which no Ctrl-C of a terminal reaches."""
+
+_OVER = threading.Event()
 
 
 def run(argv: Sequence[str], environ: Mapping[str, str], *, seconds: float) -> tuple[str, str, str, str]:
     """Runs a command without a shell and without input.
 
     Returns:
-        The outcome (ok, failed, crashed, timeout, missing), why in words, and the heads of stdout and stderr.
+        The outcome (ok, failed, crashed, timeout, missing), why in words, and the ends of stdout and stderr.
     """
     import subprocess  # 6 ms, which `--help` need not pay
 
+    if _OVER.is_set():
+        return FAILED, _INTERRUPTED, "", ""
     try:
         process = subprocess.Popen(
             list(argv),
@@ -33,6 +42,10 @@ def run(argv: Sequence[str], environ: Mapping[str, str], *, seconds: float) -> t
         )
     except (OSError, ValueError) as error:
         return (MISSING if isinstance(error, FileNotFoundError) else FAILED), str(error), "", ""
+    _ALIVE.add(process)
+    if _OVER.is_set():  # since it was asked above
+        _abandon(process)
+        return FAILED, _INTERRUPTED, "", ""
     try:
         raw_out, raw_err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired as error:
@@ -41,8 +54,26 @@ def run(argv: Sequence[str], environ: Mapping[str, str], *, seconds: float) -> t
     except BaseException:
         _abandon(process)
         raise
+    finally:
+        _ALIVE.discard(process)
     out, err = _text(raw_out), _text(raw_err)
     return (*_outcome(process.returncode), out, err)
+
+
+def begin() -> None:
+    """Lets `run` start processes again, after `end_all`."""
+    _OVER.clear()
+
+
+def end_all() -> None:
+    """Ends whatever `run` has started and still waits for, and has it start no more."""
+    _OVER.set()
+    for process in tuple(_ALIVE):
+        if process.returncode is None:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except OSError:  # it ended by itself
+                continue
 
 
 def last_line(text: str) -> str:

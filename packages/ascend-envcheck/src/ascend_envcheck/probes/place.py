@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, Dict, Mapping, Sequence
 
 from ascend_envcheck.probes.command import run
 from ascend_envcheck.probes.tree import Tree
 from ascend_envcheck.snapshot import MISSING, CommandFacts
+
+_AT_ONCE = 8  # commands
 
 Facts = Dict[str, Any]
 """Fields of a `Snapshot`; mappings of several probes are merged."""
@@ -66,9 +70,21 @@ class Place:
 
     def run_all(self, lines: Sequence[Sequence[str]]) -> dict[str, CommandFacts]:
         """Several commands side by side, by the line that a user would type."""
-        from concurrent.futures import ThreadPoolExecutor
+        answers: dict[str, CommandFacts] = {}
+        waiting = deque(lines)
 
-        if not lines:
-            return {}
-        with ThreadPoolExecutor(max_workers=8) as pool:
-            return dict(zip([" ".join(line) for line in lines], pool.map(lambda line: self.run(*line), lines)))
+        def work() -> None:
+            while True:
+                try:
+                    line = waiting.popleft()
+                except IndexError:
+                    return
+                answers[" ".join(line)] = self.run(*line)
+
+        # A thread pool would make Ctrl-C wait for all that is in its queue; the interpreter leaves these behind.
+        threads = [threading.Thread(target=work, daemon=True) for _ in lines[:_AT_ONCE]]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return {" ".join(line): answers[" ".join(line)] for line in lines}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict
-from typing import Any, Callable, Match
+from typing import Any, Callable, Iterable, Mapping, Match
 
 from ascend_envcheck.snapshot import Snapshot
 
@@ -33,13 +33,20 @@ _NO_SECRET_NAMES = ("root", "HwHiAiUser", "ascend", "admin", "user", "ubuntu", "
 _PUBLIC_IP4 = ("0.0.0.0", "127.0.0.1", "255.255.255.255")
 
 
-def redact(snapshot: Snapshot, *, home: str, user: str = "", salt: bytes | None = None) -> Snapshot:
+def users(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """The names of the person: a service may set none, and under sudo they are those of two."""
+    of_home = re.match(r"/(?:home|Users)/([^/]+)", environ.get("HOME", ""))
+    named = [environ.get(name, "") for name in ("USER", "LOGNAME", "SUDO_USER")]
+    return tuple(dict.fromkeys(filter(None, [*named, of_home[1] if of_home else ""])))
+
+
+def redact(snapshot: Snapshot, *, home: str, users: Iterable[str] = (), salt: bytes | None = None) -> Snapshot:
     """The snapshot without what identifies a user or a machine.
 
     Args:
         snapshot: as it was seen.
         home: the user's home folder, written ``~`` in every text, keys included.
-        user: the user's name, written ``<user>`` in every text but version files.
+        users: the user's names, written ``<user>`` in every text but version files.
         salt: of the hashes; random by default, and kept nowhere.
     """
     import os
@@ -47,7 +54,10 @@ def redact(snapshot: Snapshot, *, home: str, user: str = "", salt: bytes | None 
     tokens = _Tokens(os.urandom(16) if salt is None else salt)
     facts = {name: _in_field(name, value, tokens) for name, value in asdict(snapshot).items()}
     facts["variables"] = {name: MASKED if _SECRET.search(name) else value for name, value in facts["variables"].items()}
-    return Snapshot.from_json(json.dumps(_without_user(_without_home(facts, home), user)))
+    facts = _without_home(facts, home)
+    for user in users:
+        facts = _without_user(facts, user)
+    return Snapshot.from_json(json.dumps(facts))
 
 
 class _Tokens:
@@ -103,10 +113,14 @@ def _without_user(facts: dict[str, Any], user: str) -> dict[str, Any]:
     if len(user) < _SHORTEST_NAME or user in _NO_SECRET_NAMES:
         return facts
     pattern = re.compile(rf"(?<![\w]){re.escape(user)}(?![\w])")
-    return {
-        name: value if name in _WITHOUT_ADDRESSES else _mapped(value, lambda text: pattern.sub("<user>", text))
-        for name, value in facts.items()
-    }
+
+    def hidden(text: str) -> str:
+        return pattern.sub("<user>", text)
+
+    told = {name: value if name in _WITHOUT_ADDRESSES else _mapped(value, hidden) for name, value in facts.items()}
+    paths = {name: hidden(told["python"][name]) for name in ("executable", "on_path")}
+    files = {hidden(path): text for path, text in told["files"].items()}  # rules look them up by paths of other fields
+    return {**told, "python": {**told["python"], **paths}, "files": files}
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:

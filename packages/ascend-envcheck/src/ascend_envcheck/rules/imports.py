@@ -8,7 +8,7 @@ from ascend_envcheck.findings import EVERY_DEVICE, NPU, Finding, Severity
 from ascend_envcheck.messages import joined, say
 from ascend_envcheck.rules.cann import active_version
 from ascend_envcheck.rules.rule import NO_NPU, Rule, npu_count
-from ascend_envcheck.rules.torch_stack import TABLE, build_for, version_of
+from ascend_envcheck.rules.torch_stack import TABLE, build_for, is_x86_cpu, version_of
 from ascend_envcheck.snapshot import MISSING, NOT_RUN, OK, Snapshot
 from ascend_envcheck.tables import CPU_INDEX, pip_install
 
@@ -51,10 +51,9 @@ def torch_import(snapshot: Snapshot) -> Iterable[Finding]:
             "IMPORT-TORCH",
             Severity.FAIL,
             say(
-                "`import torch` fails ({outcome}): {why}",
-                "`import torch` 失败（{outcome}）：{why}",
-                outcome=seen.torch,
-                why=_explained(seen.torch_detail),
+                "`import torch` fails: {why}",
+                "`import torch` 失败：{why}",
+                why=_explained(seen.torch_detail) or seen.torch,
             ),
             command="python -X faulthandler -c 'import torch'",
             source=_SEEN,
@@ -66,7 +65,7 @@ def torch_npu_import(snapshot: Snapshot) -> Iterable[Finding]:
     """IMPORT-TORCH-NPU: where there is an NPU, torch_npu is there too and imports."""
     seen, version = snapshot.imports, version_of(snapshot, "torch_npu")
     outcome = seen.torch_npu
-    values = {"version": version, "outcome": outcome, "why": _explained(seen.torch_npu_detail) or "no module torch_npu"}
+    values = {"version": version, "why": _explained(seen.torch_npu_detail) or "no module torch_npu"}
     if version is None and outcome != OK:
         yield _without_torch_npu(snapshot)
     elif outcome == OK:
@@ -77,8 +76,8 @@ def torch_npu_import(snapshot: Snapshot) -> Iterable[Finding]:
         yield Finding("IMPORT-TORCH-NPU", Severity.SKIP, why, doubts=(NPU,))
     elif npu_count(snapshot) == 0:
         cause = say(
-            "no NPU was found; torch_npu {version} does not import here ({outcome}): {why}",
-            "没有找到 NPU；torch_npu {version} 在此无法导入（{outcome}）：{why}",
+            "no NPU was found; torch_npu {version} does not import here: {why}",
+            "没有找到 NPU；torch_npu {version} 在此无法导入：{why}",
             **values,
         )
         yield Finding("IMPORT-TORCH-NPU", Severity.SKIP, cause)
@@ -87,8 +86,8 @@ def torch_npu_import(snapshot: Snapshot) -> Iterable[Finding]:
             "IMPORT-TORCH-NPU",
             Severity.FAIL,
             say(
-                "torch_npu {version} does not import ({outcome}): {why}",
-                "torch_npu {version} 无法导入（{outcome}）：{why}",
+                "torch_npu {version} does not import: {why}",
+                "torch_npu {version} 无法导入：{why}",
                 **values,
             ),
             command="python -X faulthandler -c 'import torch, torch_npu'",
@@ -130,7 +129,7 @@ def accelerator(snapshot: Snapshot) -> Iterable[Finding]:
     """TORCH-ACCEL: torch has the device interface that the packages use, and it shows the NPU."""
     seen = snapshot.imports
     if seen.torch != OK or seen.accelerator_api is None:
-        cause = say("torch was not imported", "未导入 torch")
+        cause = _NOT_TRIED if seen.torch == NOT_RUN else say("torch was not imported", "未导入 torch")
         yield Finding("TORCH-ACCEL", Severity.SKIP, cause, doubts=EVERY_DEVICE)
     elif not seen.accelerator_api:
         yield Finding(
@@ -142,7 +141,7 @@ def accelerator(snapshot: Snapshot) -> Iterable[Finding]:
                 "torch {version} 没有 torch.accelerator，mm-finetune 与 wan-infer 依靠它选择设备；2.6 起提供",
                 version=seen.torch_version,
             ),
-            command=f"pip install 'torch>=2.6' --index-url {CPU_INDEX}",
+            command=_newer_torch(snapshot),
             source="torch.accelerator came with torch 2.6",
             blocks=EVERY_DEVICE,
         )
@@ -165,6 +164,14 @@ def accelerator(snapshot: Snapshot) -> Iterable[Finding]:
             "torch.accelerator is there; accelerator: {found}", "torch.accelerator 可用；加速器：{found}", found=found
         )
         yield Finding("TORCH-ACCEL", Severity.INFO, cause)
+
+
+def _newer_torch(snapshot: Snapshot) -> str:
+    """A torch alone would part it from torch_npu, and one of the CPU index would take CUDA away."""
+    if version_of(snapshot, "torch_npu") is not None:
+        return "ascend-envcheck matrix --solve   # torch and torch_npu are upgraded together"
+    of_cpu = is_x86_cpu(snapshot, snapshot.imports.torch_version)
+    return "pip install 'torch>=2.6'" + (f" --index-url {CPU_INDEX}" if of_cpu else "")
 
 
 def smoke(snapshot: Snapshot) -> Iterable[Finding]:

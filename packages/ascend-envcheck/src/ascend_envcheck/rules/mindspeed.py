@@ -7,7 +7,7 @@ from typing import Iterable
 
 from ascend_envcheck.findings import NPU, TRAIN, Finding, Severity
 from ascend_envcheck.messages import Message, joined, say
-from ascend_envcheck.rules.rule import Rule
+from ascend_envcheck.rules.rule import Rule, quoted_path
 from ascend_envcheck.rules.torch_stack import version_of
 from ascend_envcheck.snapshot import Snapshot
 from ascend_envcheck.tables import records
@@ -72,7 +72,7 @@ def megatron(snapshot: Snapshot) -> Iterable[Finding]:
 def _get_megatron(cause: Message, severity: Severity, version: str, folder: str) -> Finding:
     command = (
         f"git clone -b core_v{version} https://github.com/NVIDIA/Megatron-LM && "
-        f"cp -r Megatron-LM/megatron {folder or '<MindSpeed-MM>'}/"
+        f"cp -r Megatron-LM/megatron {quoted_path(folder) if folder else '<MindSpeed-MM>'}/"
     )
     blocks = (NPU,) if severity is Severity.FAIL else ()
     return Finding("MM-MEGATRON", severity, cause, command=command, source=_FAQ, blocks=blocks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Iterable
 
 from ascend_envcheck.findings import NPU, Finding, Severity
@@ -73,17 +74,22 @@ def kernels(snapshot: Snapshot) -> Iterable[Finding]:
 
 
 def _missing_kernels(snapshot: Snapshot, cause: Message, soc: str | None) -> Finding:
-    version = active_version(snapshot) or "*"
+    command = _install(active_version(snapshot) or "*", soc)
+    return Finding("CANN-OPP", Severity.FAIL, cause, command=command, source=GUIDE, blocks=(NPU,))
+
+
+def _install(version: str, soc: str | None) -> str:
+    """Installs the operators of a CANN for a SoC, which is left to be filled in where it is not known."""
     package = _PACKAGE_OF_SOC.get(soc or "", "<soc>")
     split = (release(version) or (9, 0, 0)) >= (8, 5, 0)  # since 8.5 the package is called ops
     installer = f"Ascend-cann-{package}-ops_{version}" if split else f"Ascend-cann-kernels-{package}_{version}"
-    return Finding(
-        "CANN-OPP", Severity.FAIL, cause, command=f"./{installer}_*.run --install", source=GUIDE, blocks=(NPU,)
-    )
+    return f"./{installer}_*.run --install"
 
 
 def ops_version(snapshot: Snapshot) -> Iterable[Finding]:
     """CANN-OPS-VER: the operators are of the toolkit's version, or of one that the vendor lets mix."""
+    from ascend_envcheck.rules.npu import soc
+
     cann, ops = active_version(snapshot), _ops_version(snapshot)
     mix = [row for row in records("ops_toolkit") if (row["ops"], row["toolkit"]) == (ops, cann)]
     if cann is None or ops is None:
@@ -107,7 +113,7 @@ def ops_version(snapshot: Snapshot) -> Iterable[Finding]:
                 if known
                 else say("a version unknown to this tool", "本工具不认识该版本"),
             ),
-            command=f"./Ascend-cann-<soc>-ops_{cann}_*.run --install   # kernels-<soc> before 8.5",
+            command=_install(cann, soc(snapshot)),
             source="cann/release-management release notes",
             doubts=(NPU,),
         )
@@ -217,7 +223,7 @@ def _two_tritons(ascend: str, community: str, *, certain: bool) -> Finding:
             community=community,
             ascend=ascend,
         ),
-        command=f"pip uninstall -y triton triton-ascend && pip install triton-ascend=={ascend}",
+        command=f"pip uninstall -y triton triton-ascend && pip install {shlex.quote(f'triton-ascend=={ascend}')}",
         source=_TRITON,
         blocks=(NPU,) if certain else (),
     )

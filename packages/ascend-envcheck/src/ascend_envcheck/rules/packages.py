@@ -63,7 +63,10 @@ def wan_infer(snapshot: Snapshot) -> Iterable[Finding]:
 
 
 def _needed(snapshot: Snapshot, id: str, package: str, needs: Sequence[Need]) -> Iterable[Finding]:
-    faults = [fault for fault in (_fault(snapshot, need) for need in needs) if fault is not None]
+    lacking = [need.name for need in needs if version_of(snapshot, need.name) is None]
+    are, names = "is" if len(lacking) == 1 else "are", joined(lacking, ", ", "、")
+    faults = [say("{names} {are} not installed", "未安装 {names}", names=names, are=are)] if lacking else []
+    faults += [fault for fault in (_fault(snapshot, need) for need in needs) if fault is not None]
     if not faults:
         cause = say("the packages that {package} imports are here", "{package} 所需的软件包齐全", package=package)
         yield Finding(id, Severity.INFO, cause)
@@ -75,7 +78,7 @@ def _needed(snapshot: Snapshot, id: str, package: str, needs: Sequence[Need]) ->
             "{package} can't run: {faults}",
             "{package} 无法运行：{faults}",
             package=package,
-            faults=joined(faults, ", ", "，"),
+            faults=joined(faults),
         ),
         command=f"pip install {package}",
         source=f"dependencies of {package}",
@@ -85,9 +88,7 @@ def _needed(snapshot: Snapshot, id: str, package: str, needs: Sequence[Need]) ->
 
 def _fault(snapshot: Snapshot, need: Need) -> Message | None:
     version = version_of(snapshot, need.name)
-    if version is None:
-        return not_installed(need.name)
-    given = release(version)
+    given = release(version or "")
     if given is None or (need.first <= given and (need.beyond is None or given < need.beyond)):
         return None
     return say(

@@ -60,7 +60,10 @@ def npu_count(snapshot: Snapshot) -> int:
 
 
 def source_command(script: str) -> str:
-    """``source SCRIPT``, quoted; a leading ``~/`` stays outside the quotes, where the shell expands it."""
-    if script.startswith("~/"):
-        return "source ~/" + shlex.quote(script[2:])
-    return "source " + shlex.quote(script)
+    """``source SCRIPT``, quoted."""
+    return "source " + quoted_path(script)
+
+
+def quoted_path(path: str) -> str:
+    """A path as a word of a shell; a leading ``~/`` stays outside the quotes, where the shell expands it."""
+    return "~/" + shlex.quote(path[2:]) if path.startswith("~/") else shlex.quote(path)

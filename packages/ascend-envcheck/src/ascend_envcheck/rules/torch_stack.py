@@ -142,7 +142,7 @@ def torch_cann(snapshot: Snapshot) -> Iterable[Finding]:
 
 
 def _nobody_vouches(snapshot: Snapshot, row: TorchNpuRow, cann: str) -> Finding:
-    builds = builds_for(row.torch, cann)
+    builds = builds_for(version_of(snapshot, "torch") or row.torch, cann)  # as TORCH-NPU says where these two differ
     if cann in known_canns():
         why = say("nobody vouches for the pair", "没有来源认可这一组合")
     else:
@@ -294,19 +294,18 @@ def _companion(snapshot: Snapshot, name: str, torch: str) -> Finding:
         "TORCHVISION",
         Severity.FAIL if fatal else Severity.WARN,
         say(
-            "{name} {version} was built for {wanted}, torch is {torch}: its operators do not load",
-            "{name} {version} 面向 {wanted} 构建，而 torch 为 {torch}：其算子无法加载",
-            wanted=f"torch {pin}"
+            "{name} {version} was built for torch {pin}, torch is {torch}: its operators do not load"
             if pin
-            else say(
-                "another torch, {name} {fits} goes with this one",
-                "另一个 torch，与当前版本匹配的是 {name} {fits}",
-                name=name,
-                fits=wanted,
-            ),
+            else "{name} {version} was built for another torch than {torch}, with which {name} {fits} goes: "
+            "its operators do not load",
+            "{name} {version} 面向 torch {pin} 构建，而 torch 为 {torch}：其算子无法加载"
+            if pin
+            else "{name} {version} 面向另一个 torch 构建，torch {torch} 配套的是 {name} {fits}：其算子无法加载",
+            pin=pin,
+            fits=wanted,
             **values,
         ),
-        command=f"{install} --index-url {CPU_INDEX}" if wanted and _is_x86_cpu(snapshot, torch) else install,
+        command=f"{install} --index-url {CPU_INDEX}" if wanted and is_x86_cpu(snapshot, torch) else install,
         source=f"Requires-Dist of {name} {found.version}" if pin else _COMPANION_SOURCES[name],
         blocks=EVERY_DEVICE if fatal else (),
     )
@@ -332,7 +331,8 @@ def build_for(torch: str | None, cann: str | None) -> TorchNpuRow | None:
     return builds[0] if builds else None
 
 
-def _is_x86_cpu(snapshot: Snapshot, torch: str) -> bool:
+def is_x86_cpu(snapshot: Snapshot, torch: str) -> bool:
+    """Whether a torch is the CPU build of x86-64, which PyPI does not have."""
     return snapshot.python.machine == "x86_64" and torch.endswith("+cpu")
 
 

@@ -276,9 +276,7 @@ def library_path(snapshot: Snapshot) -> Iterable[Finding]:
             count=len(roots),
             roots=joined(roots[:_FEW], ", ", "、"),
         )
-        command = (
-            "# in a new shell, source set_env.sh of one CANN only; now there are:\necho $LD_LIBRARY_PATH | tr ':' '\\n'"
-        )
+        command = "echo $LD_LIBRARY_PATH | tr ':' '\\n'   # then, in a new shell, source set_env.sh of one CANN only"
         yield Finding("ENV-LIBRARY-PATH", WARN, cause, command, source, doubts=_NPU)
     elif missing:
         # set_env.sh itself adds folders that not every package fills.
