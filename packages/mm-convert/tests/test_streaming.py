@@ -405,3 +405,17 @@ def test_progress_is_shown_on_a_terminal_only(make_model: MakeModel, tmp_path: P
     assert b"B/s" in shown
     shutil.rmtree(tmp_path / "mm")
     assert subprocess.run(line, capture_output=True, check=True).stderr == b""
+
+
+def test_resume_knows_another_model_of_the_same_shapes(make_model: MakeModel, tmp_path: Path) -> None:
+    """Its files are older than the finished folder, and all their headers are the same."""
+    hf = make_model()
+    other = tmp_path / "other"
+    shutil.copytree(hf, other)
+    for path in other.glob("*.safetensors"):
+        data = bytearray(path.read_bytes())
+        data[-64:] = bytes(255 - byte for byte in data[-64:])
+        path.write_bytes(data)
+    QWEN.hf_to_mm(hf, tmp_path / "mm", LAYOUT)
+    with pytest.raises(OutputExistsError, match="not empty"):
+        QWEN.hf_to_mm(other, tmp_path / "mm", LAYOUT, resume=True)

@@ -5,8 +5,11 @@
     >>> Converter.named("Qwen2_5_VLConverter").hf_to_mm("Qwen2.5-VL-7B-Instruct", "mm", layout)
 
 A conversion is planned from headers, proved to use every byte and to make every byte once, and only
-then carried out. `Converter` does it for folders; `relate`, `Plan` and `assemble` are the parts for
-whoever holds the tensors in memory.
+then carried out. `Converter` does it for folders, from Hugging Face, back, and from one Megatron layout
+to another (`resplit`); its `prepare_…` methods plan without writing, and `forecast` says what a plan
+needs. `inspect` names what a folder is, `verify` compares two of any layouts, `propose` deals layers
+out over a pipeline. `relate`, `Plan` and `assemble` are the parts for whoever holds the tensors in
+memory.
 """
 
 import importlib
@@ -23,19 +26,34 @@ from mm_convert.errors import (
 )
 from mm_convert.families import CONVERTERS, Family
 from mm_convert.families.family import ModelSizes
-from mm_convert.layout import Layout
+from mm_convert.layout import GivenLayout, Layout
 from mm_convert.plan import Plan, Ref, Segment, Spec
 from mm_convert.relate import relate
 
 if TYPE_CHECKING:
-    from mm_convert.convert import Converter
+    from mm_convert.balance import Proposal, propose
+    from mm_convert.convert import Conversion, Converter
+    from mm_convert.dry_run import Forecast, forecast
     from mm_convert.huggingface import HuggingFaceFolder
     from mm_convert.in_memory import assemble, huggingface_reader, megatron_reader
+    from mm_convert.inspection import Inspection, inspect
     from mm_convert.megatron import MegatronFolder
+    from mm_convert.same_model import Comparison, Difference, verify
 
 __all__ = [
     "Converter",
     "Layout",
+    "GivenLayout",
+    "Conversion",
+    "forecast",
+    "Forecast",
+    "inspect",
+    "Inspection",
+    "verify",
+    "Comparison",
+    "Difference",
+    "propose",
+    "Proposal",
     "HuggingFaceFolder",
     "MegatronFolder",
     "Plan",
@@ -61,6 +79,16 @@ __all__ = [
 # What the command line's help can do without, and where it is.
 _LATER = {
     "Converter": "convert",
+    "Conversion": "convert",
+    "forecast": "dry_run",
+    "Forecast": "dry_run",
+    "inspect": "inspection",
+    "Inspection": "inspection",
+    "verify": "same_model",
+    "Comparison": "same_model",
+    "Difference": "same_model",
+    "propose": "balance",
+    "Proposal": "balance",
     "HuggingFaceFolder": "huggingface",
     "MegatronFolder": "megatron",
     "assemble": "in_memory",

@@ -123,32 +123,35 @@ class Copier:
         sources = {s.source: self.plan.sources[s.source].nbytes // rows for s in segments}
         targets = {target: self.plan.targets[target].nbytes // rows for target in job}
         step = min(rows, max(1, CHUNK // max(1, *sources.values(), *targets.values())))
-        blocks = {ref: memoryview(bytearray(step * width)) for ref, width in (sources | targets).items()}
+        # Apart, because a tensor may have the same address in the checkpoint that is read and in the one that is made.
+        read, made = (
+            {ref: memoryview(bytearray(step * width)) for ref, width in widths.items()} for widths in (sources, targets)
+        )
         crcs = dict.fromkeys(job, 0)
         for row in range(0, rows, step):
             count = min(step, rows - row)
             for ref, width in sources.items():
                 descriptor, offset = files.source(ref)
-                self._fill(descriptor, blocks[ref][: count * width], offset + row * width)
+                self._fill(descriptor, read[ref][: count * width], offset + row * width)
             for segment in segments:
-                self._deal(segment, blocks, sources[segment.source], targets[segment.target], count)
+                widths = sources[segment.source], targets[segment.target]
+                self._deal(segment, read[segment.source], made[segment.target], widths, count)
             for ref, width in targets.items():
                 descriptor, offset = files.target(ref)
-                made = blocks[ref][: count * width]
-                crcs[ref] = zlib.crc32(made, crcs[ref])
-                write_all(descriptor, made, offset + row * width)
-                self.advance(len(made))
+                part = made[ref][: count * width]
+                crcs[ref] = zlib.crc32(part, crcs[ref])
+                write_all(descriptor, part, offset + row * width)
+                self.advance(len(part))
         return crcs
 
     def _deal(
-        self, segment: Segment, blocks: Mapping[Ref, memoryview], source_width: int, target_width: int, rows: int
+        self, segment: Segment, source: memoryview, target: memoryview, widths: tuple[int, int], rows: int
     ) -> None:
-        source, target = blocks[segment.source], blocks[segment.target]
         at, to, length = next(self._runs(segment))
         for _ in range(rows):
             target[to : to + length] = source[at : at + length]
-            at += source_width
-            to += target_width
+            at += widths[0]
+            to += widths[1]
 
     def _compare(self, segment: Segment, files: _Files) -> None:
         descriptor, offset = files.source(segment.source)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from mm_convert.errors import OutputSpaceError
 from mm_convert.journal import MANIFEST, Journal, is_finished, manifest, with_digests
 from mm_convert.output import clear_leftovers, new_folder
 from mm_convert.plan import Plan, Ref
+from mm_convert.progress import progress
 from mm_convert.stored import StoredFile
 
 
@@ -123,7 +123,7 @@ def _copy_all(
     plan: Plan, sources: Mapping[str, StoredFile], outputs: Mapping[str, Output], journal: Journal, workers: int
 ) -> dict[Ref, int]:
     """Copy what the journal does not hold, check what it does; every tensor's CRC."""
-    with _progress(plan.nbytes) as advance:
+    with progress(plan.nbytes) as advance:
         copier = Copier(plan=plan, sources=sources, outputs=outputs, advance=advance)
         kept = dict(journal.done)
 
@@ -193,15 +193,3 @@ def _write_others(folder: Path, others: Mapping[str, bytes | Path]) -> None:
             shutil.copyfile(content, folder / name)
         else:
             (folder / name).write_bytes(content)
-
-
-@contextmanager
-def _progress(nbytes: int) -> Iterator[Callable[[int], object]]:
-    """Bytes, rate and time left on a terminal; nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=nbytes, unit="B", unit_scale=True, unit_divisor=1024) as bar:
-        yield bar.update

@@ -44,9 +44,7 @@ class HuggingFaceFolder:
             CheckpointError: weights missing, damaged, or different from the index.
         """
         directory = Path(directory)
-        if not (directory / "config.json").is_file():
-            raise ModelError(f"{directory} is no Hugging Face folder: it has no config.json")
-        config = _json(directory / "config.json", ModelError)
+        config = read_config(directory)
         index = directory / INDEX
         weight_map = _json(index, CheckpointError).get("weight_map") if index.is_file() else None
         files = sorted(set(weight_map.values())) if weight_map else [SINGLE]
@@ -70,6 +68,17 @@ class HuggingFaceFolder:
             and path.suffix not in WEIGHTS
             and not path.name.startswith(".")
         ]
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """``config.json``.
+
+    Raises:
+        ModelError: there is none, or it is not readable.
+    """
+    if not (directory / "config.json").is_file():
+        raise ModelError(f"{directory} is no Hugging Face folder: it has no config.json")
+    return _json(directory / "config.json", ModelError)
 
 
 def _check_index(index: Path, weight_map: dict[str, str], tensors: dict[Ref, Spec]) -> None:

@@ -1,8 +1,8 @@
 """What a conversion leaves in writing: a manifest in the finished folder, a journal while it runs.
 
 Digests are CRC-32: the zip format needs one of every tensor anyway, so they cost no second pass over the bytes. They
-find damage, not malice. Sources are recorded by size and SHA-256 of their headers. A torch file's header (the zip's
-directory) holds the CRC of each of its tensors; a safetensors file's does not, so a run that goes on also asks for the
+find damage, not malice. Sources are recorded by size and a fingerprint of the header and of samples all over the file:
+it tells two models of the same shapes apart, and not every change of a byte, so a run that goes on also asks for the
 same time of change.
 """
 
@@ -42,7 +42,7 @@ def manifest(
         "mm_convert": version("mm-convert"),
         "options": dict(options),
         "bytes": plan.nbytes,
-        "sources": {_short(s.path): {"size": s.size, "header_sha256": s.digest} for s in sources},
+        "sources": {_short(s.path): {"size": s.size, "fingerprint": s.digest} for s in sources},
         "outputs": {file: {"size": size} for file, size in sizes.items()},
     }
 

@@ -10,9 +10,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 from mm_convert.errors import LayoutError
+
+if TYPE_CHECKING:
+    from mm_convert.plan import Ref
 
 Part = Literal["llm", "vit"]
 LayerLists = tuple[tuple[int, ...], ...]
@@ -28,22 +31,23 @@ class Layout:
         llm_pp_layers: language layers, ``[virtual stage][pipeline rank]``; a flat list is one
             virtual stage (``[12, 16]`` equals ``[[12, 16]]``: 12 layers on the first rank, 16 on
             the second).
-        vit_pp_layers: vision layers, of the same shape.
+        vit_pp_layers: vision layers, of the same shape; empty for a text model, which has none.
         tp_size: tensor-parallel size.
 
     Raises:
-        LayoutError: the lists are ragged, negative, of different shapes, or hold no layer.
+        LayoutError: the lists are ragged, negative, of different shapes, or hold no language layer.
     """
 
     llm_pp_layers: LayerLists
-    vit_pp_layers: LayerLists
+    vit_pp_layers: LayerLists = ()
     tp_size: int = 1
 
     def __post_init__(self) -> None:
-        for part in get_args(Part):
-            object.__setattr__(self, _field(part), _nested(_field(part), self.lists(part)))
-        llm, vit = ([len(row) for row in lists] for lists in (self.llm_pp_layers, self.vit_pp_layers))
-        if llm != vit:
+        object.__setattr__(self, "llm_pp_layers", _nested("llm_pp_layers", self.llm_pp_layers))
+        vit = self.vit_pp_layers or [[0] * len(row) for row in self.llm_pp_layers]
+        object.__setattr__(self, "vit_pp_layers", _nested("vit_pp_layers", vit, least=0))
+        shapes = [[len(row) for row in lists] for lists in (self.llm_pp_layers, self.vit_pp_layers)]
+        if shapes[0] != shapes[1]:
             raise LayoutError(
                 f"llm_pp_layers {_text(self.llm_pp_layers)} and vit_pp_layers {_text(self.vit_pp_layers)} have"
                 " different shapes; both need one number for each virtual stage and pipeline rank"
@@ -93,6 +97,12 @@ class Layout:
         """The folder of one rank: ``mp_rank_00`` or, with a pipeline, ``mp_rank_00_000``."""
         return f"mp_rank_{tp_rank:02d}" + (f"_{pp_rank:03d}" if self.pp_size > 1 else "")
 
+    def stage(self, ref: Ref) -> int:
+        """The stage whose tensor this is, from the names of its file and section."""
+        rank = RANK_DIR.fullmatch(ref.file.partition("/")[0])
+        pp_rank = int(rank[2] or 0) if rank else 0
+        return int(ref.section.removeprefix("model") or 0) * self.pp_size + pp_rank
+
     def check_sums(self, *, llm_layers: int, vit_layers: int) -> None:
         """Raise LayoutError unless the lists sum to the model's layers."""
         for part, expected in (("llm", llm_layers), ("vit", vit_layers)):
@@ -113,24 +123,51 @@ class Layout:
         )
 
 
-def _field(part: Part) -> str:
-    return f"{part}_pp_layers"
+@dataclass(frozen=True, kw_only=True)
+class GivenLayout:
+    """What a user says of a checkpoint that is there: a check, so each part may be left out.
+
+    Args:
+        llm_pp_layers: as in :class:`Layout`, flat or nested.
+        vit_pp_layers: likewise.
+        tp_size: tensor-parallel size.
+    """
+
+    llm_pp_layers: Sequence[object] | None = None
+    vit_pp_layers: Sequence[object] | None = None
+    tp_size: int | None = None
+
+    def check(self, found: Layout, where: object) -> None:
+        """Compare with what is on disk.
+
+        Raises:
+            LayoutError: they differ, or a list is none.
+        """
+        given: dict[str, object] = {
+            name: _nested(name, lists, least=0)
+            for name in ("llm_pp_layers", "vit_pp_layers")
+            if (lists := getattr(self, name)) is not None
+        }
+        given |= {} if self.tp_size is None else {"tp_size": self.tp_size}
+        if any(getattr(found, name) != value for name, value in given.items()):
+            words = ", ".join(f"{name} {_text(v) if isinstance(v, tuple) else v}" for name, v in given.items())
+            raise LayoutError(f"given: {words}; but {where} holds: {found}")
 
 
 def _text(lists: LayerLists) -> str:
     return str([list(row) for row in lists]).replace(" ", "")
 
 
-def _nested(name: str, lists: Sequence[object]) -> LayerLists:
-    """Accept ``[12, 16]`` and ``[[12, 16]]`` alike; refuse what is neither."""
+def _nested(name: str, lists: Sequence[object], *, least: int = 1) -> LayerLists:
+    """Accept ``[12, 16]`` and ``[[12, 16]]`` alike; refuse what is neither, or holds too few layers."""
     rows = [lists] if all(isinstance(item, int) for item in lists) else lists
     nested = tuple(tuple(row) if isinstance(row, (list, tuple)) else (None,) for row in rows)
     legal = all(isinstance(n, int) and n >= 0 for row in nested for n in row)
-    if not legal or not nested or len({len(row) for row in nested}) != 1 or not any(map(sum, nested)):
+    if not legal or not all(nested) or len({len(row) for row in nested}) != 1 or sum(map(sum, nested)) < least:
+        above = ", at least one of them above 0" if least else ""
         raise LayoutError(
             f"{name} is {lists!r}; it must hold one row for each virtual stage, all rows with one number >= 0 for"
-            " each pipeline rank, at least one of them above 0: [[12,16]] is 12 layers on the first of two ranks,"
-            " 16 on the second"
+            f" each pipeline rank{above}: [[12,16]] is 12 layers on the first of two ranks, 16 on the second"
         )
     return nested
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from mm_convert.errors import CheckpointError
+from mm_convert.errors import CheckpointError, LayoutError
 from mm_convert.families.family import Family, ModelSizes
 from mm_convert.layout import RANK_FILE, Layout
 from mm_convert.plan import Ref, Segment, Spec, Specs, listed
@@ -44,7 +44,7 @@ def relate(
     for rule in family.rules(sizes, layout.pp_size):
         if rule.part not in parts:
             continue
-        for stage, i, j in _places(rule, layout):
+        for stage, i, j in places(rule, layout):
             names = [name.format(i=i) for name in rule.hf]
             absent = [name for name in names if name not in found]
             used.update(names)
@@ -117,13 +117,21 @@ def _common_dtype(sources: list[tuple[Ref, Spec]], dim: int) -> str:
     return dtypes.pop()
 
 
-def _places(rule: Rule, layout: Layout) -> list[tuple[int, int, int]]:
-    """Where a rule applies: (stage, global layer, layer inside the stage)."""
-    if rule.where == "first":
-        return [(layout.first_stage(rule.part), 0, 0)]
-    if rule.where == "last":
-        return [(layout.last_stage(rule.part), 0, 0)]
-    return [(s, i, j) for s, layers in enumerate(layout.stages(rule.part)) for j, i in enumerate(layers)]
+def places(rule: Rule, layout: Layout) -> list[tuple[int, int, int]]:
+    """Where a rule applies: (stage, global layer, layer inside the stage).
+
+    Raises:
+        LayoutError: on the first or last stage of a part that has no layer.
+    """
+    stages = layout.stages(rule.part)
+    if rule.where in ("first", "last"):
+        if not any(stages):
+            raise LayoutError(f"{rule.mm} needs a stage with {rule.part} layers, but the layout has none: {layout}")
+        return [(layout.first_stage(rule.part) if rule.where == "first" else layout.last_stage(rule.part), 0, 0)]
+    if rule.where in ("start", "end"):
+        return [(0 if rule.where == "start" else len(stages) - 1, 0, 0)]
+    layers = [(s, i, j) for s, held in enumerate(stages) for j, i in enumerate(held)]
+    return layers if rule.where == "layer" else [layer for layer in layers if layer[1] == rule.where]
 
 
 def _by_canonical_name(family: Family, hf: Specs) -> dict[str, Ref]:

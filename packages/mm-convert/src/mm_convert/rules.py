@@ -15,6 +15,7 @@ from mm_convert.errors import LayoutError
 from mm_convert.layout import Part
 
 Shape = tuple[int, ...]
+Where = Literal["layer", "first", "last", "start", "end"] | int
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ class Rule:
         mm: name with ``{j}`` for the layer number inside its stage.
         operation: how it is put together and cut over tensor-parallel ranks.
         part: the layer lists that place it.
-        where: in every stage's layers, or on the part's first or last stage only.
+        where: in every stage's layers; on the first or last stage that holds a layer of the part; at the
+            start or end of the pipeline, whatever stands there; or beside the global layer of this number.
         optional: the rule applies only where the sources exist.
     """
 
@@ -136,7 +138,7 @@ class Rule:
     mm: str
     operation: Operation
     part: Part
-    where: Literal["layer", "first", "last"] = "layer"
+    where: Where = "layer"
     optional: bool = False
 
 

@@ -1,0 +1,1 @@
+"""The command line's subcommands, one subject a file; each is imported when it is typed."""

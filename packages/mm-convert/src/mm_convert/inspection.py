@@ -1,0 +1,223 @@
+"""What a folder is, from names and headers: no tensor is read, nothing is guessed."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mm_convert.errors import CheckpointError, ConvertError
+from mm_convert.families import CONVERTERS, Family
+from mm_convert.families.family import ModelSizes
+from mm_convert.huggingface import HuggingFaceFolder
+from mm_convert.journal import MANIFEST
+from mm_convert.layout import Layout
+from mm_convert.megatron import TRACKER, MegatronFolder
+from mm_convert.model_sizes import EMBEDDING, OUTPUT, sizes_on_disk
+from mm_convert.plan import Ref, Specs
+from mm_convert.relate import relate
+from mm_convert.resplit import paper_tensors
+
+# Folders of other formats, by what stands in them.
+OTHERS = {
+    "model_index.json": "a diffusers pipeline; give one of its folders (transformer, vae, …)",
+    "adapter_config.json": "a PEFT adapter",
+    ".metadata": "a torch distributed checkpoint (DCP)",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What is known of a checkpoint; None is unknown.
+
+    Attributes:
+        path: the folder.
+        kind: ``huggingface`` or ``megatron``.
+        converters: published converters whose tables name just these tensors.
+        model_type: of ``config.json``.
+        dtypes: number of tensors of each dtype, by safetensors' names.
+        tensors: number of tensors, copies on several ranks counted each.
+        nbytes: bytes of tensors.
+        files: number of files that hold them.
+        layout: parallel sizes and layers of each stage, of a Megatron folder.
+        iteration: ``release`` or ``iter_…``, of a Megatron folder.
+        tied: whether the output layer is the embedding.
+        tied_reason: how that is known, or why not.
+        manifest: version and options of the run of mm-convert that made the folder.
+    """
+
+    path: str
+    kind: str
+    converters: tuple[str, ...]
+    model_type: str | None
+    dtypes: dict[str, int]
+    tensors: int
+    nbytes: int
+    files: int
+    layout: Layout | None
+    iteration: str | None
+    tied: bool | None
+    tied_reason: str
+    manifest: dict[str, Any] | None
+
+
+def inspect(path: str | Path) -> Inspection:
+    """Say what a folder is.
+
+    Raises:
+        CheckpointError: no folder of a known kind, or a damaged one.
+        ModelError: ``config.json`` is not readable.
+    """
+    path = Path(path)
+    if is_megatron(path):
+        return _megatron(path, MegatronFolder.open(path))
+    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+        return _huggingface(path, HuggingFaceFolder.open(path))
+    raise CheckpointError(_what_else(path))
+
+
+def is_megatron(path: Path) -> bool:
+    """Whether a folder looks like a Megatron-style checkpoint."""
+    return (path / TRACKER).is_file() and any(path.glob("*/mp_rank_*"))
+
+
+def converters_of(mm: MegatronFolder) -> tuple[str, ...]:
+    """The published converters whose tables name just the tensors of a Megatron folder."""
+
+    def fits(family: Family) -> bool:
+        try:
+            sizes = sizes_on_disk(mm, mm.layout)
+            made, _ = relate(family, sizes, mm.layout, paper_tensors(family, sizes, mm))
+        except ConvertError:
+            return False
+        return made.keys() == mm.tensors.keys()
+
+    return tuple(name for name, family in CONVERTERS.items() if fits(family))
+
+
+def converters_for(hf: HuggingFaceFolder) -> tuple[str, ...]:
+    """The published converters for a Hugging Face folder's ``config.json``."""
+    return tuple(name for name, family in CONVERTERS.items() if family.accepts(hf.config))
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """A folder's manifest, if it has one that can be read."""
+    try:
+        found = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("outputs"), dict) else None
+
+
+def trusted_manifest(path: Path) -> dict[str, Any] | None:
+    """A folder's manifest, if no file that it names was touched since it was written."""
+    found = read_manifest(path)
+    if found is None:
+        return None
+    # The time of status change cannot be set back: a file put in the place of another has a new one.
+    written = (path / MANIFEST).stat().st_mtime_ns
+    try:
+        for file, entry in found["outputs"].items():
+            stat = (path / file).stat()
+            if stat.st_size != entry["size"] or max(stat.st_mtime_ns, stat.st_ctime_ns) > written:
+                return None
+            if not isinstance(entry["crc32"], dict):
+                return None
+    except (OSError, KeyError, TypeError):
+        return None
+    return found
+
+
+def _huggingface(path: Path, hf: HuggingFaceFolder) -> Inspection:
+    converters = converters_for(hf)
+    sizes = _hf_sizes(hf, converters)
+    heads = [ref for ref in hf.tensors if ref.name.endswith("lm_head.weight")]
+    reason = f"config.json, and {'an' if heads else 'no'} lm_head"
+    return Inspection(
+        path=str(path),
+        kind="huggingface",
+        converters=converters,
+        model_type=hf.config.get("model_type"),
+        **_amounts(hf.tensors),
+        files=len(hf.files),
+        layout=None,
+        iteration=None,
+        tied=sizes.tied if sizes else None,
+        tied_reason=reason if sizes else "no converter knows this model",
+        manifest=_short(read_manifest(path)),
+    )
+
+
+def _hf_sizes(hf: HuggingFaceFolder, converters: Iterable[str]) -> ModelSizes | None:
+    return next((CONVERTERS[name].sizes(hf.config) for name in converters), None)
+
+
+def _megatron(path: Path, mm: MegatronFolder) -> Inspection:
+    tied, reason = _tied(mm, trusted_manifest(path))
+    converters = converters_of(mm)
+    types = {t for name in converters for t in CONVERTERS[name].model_types}
+    return Inspection(
+        path=str(path),
+        kind="megatron",
+        converters=converters,
+        model_type=types.pop() if len(types) == 1 else None,
+        **_amounts(mm.tensors),
+        files=len(mm.files),
+        layout=mm.layout,
+        iteration=mm.directory.name,
+        tied=tied,
+        tied_reason=reason,
+        manifest=_short(read_manifest(path)),
+    )
+
+
+def _tied(mm: MegatronFolder, manifest: dict[str, Any] | None) -> tuple[bool | None, str]:
+    embeddings, outputs = (sorted(ref for ref in mm.tensors if ref.name == name) for name in (EMBEDDING, OUTPUT))
+    if not outputs:
+        return True, "no output layer"
+    if mm.layout.pp_size == 1:
+        return False, "an output layer on the stage of the embedding"
+    crcs = [_crc(manifest, mm, ref) for ref in (*embeddings, *outputs)]
+    if None in crcs or len(embeddings) != len(outputs):
+        return None, "with pipeline stages there is an output layer either way; `verify` against the model reads it"
+    same = crcs[: len(embeddings)] == crcs[len(embeddings) :]
+    return same, "checksums of embedding and output layer in the manifest"
+
+
+def _crc(manifest: dict[str, Any] | None, mm: MegatronFolder, ref: Ref) -> str | None:
+    entry = (manifest or {"outputs": {}})["outputs"].get(f"{mm.directory.name}/{ref.file}", {"crc32": {}})
+    found = entry["crc32"].get(f"{ref.section}/{ref.name}")
+    return found if isinstance(found, str) else None
+
+
+def _amounts(tensors: Specs) -> dict[str, Any]:
+    return {
+        "dtypes": dict(Counter(spec.dtype for spec in tensors.values())),
+        "tensors": len(tensors),
+        "nbytes": sum(spec.nbytes for spec in tensors.values()),
+    }
+
+
+def _short(manifest: dict[str, Any] | None) -> dict[str, Any] | None:
+    return manifest and {"mm_convert": manifest.get("mm_convert"), "options": manifest.get("options")}
+
+
+def _what_else(path: Path) -> str:
+    if not path.exists():
+        return f"{path} does not exist"
+    if not path.is_dir():
+        return f"{path} is a file; give the folder of the checkpoint"
+    if (path.parent / TRACKER).is_file() and any(path.glob("mp_rank_*")):
+        return f"{path} is one iteration of a Megatron checkpoint; give the folder above it, {path.parent}"
+    if any(path.glob("*/mp_rank_*")) or any(path.glob("mp_rank_*")):
+        return f"{path} has rank folders but no {TRACKER}: an interrupted run? A finished one has it"
+    for folder in (path, path / "release"):
+        for mark, words in OTHERS.items():
+            if (folder / mark).exists():
+                return f"{path} is {words}; mm-convert does not read it"
+    if (path / "config.json").is_file():
+        return f"{path} has a config.json but no *.safetensors"
+    return f"{path} is no checkpoint of a known kind: it has neither config.json nor {TRACKER}"

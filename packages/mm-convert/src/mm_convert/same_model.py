@@ -1,0 +1,243 @@
+"""Do two folders hold the same model, whatever their layouts, and if not, where do they differ?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from mm_convert.comparing import Side, differing_elements, segment_bytes
+from mm_convert.convert import Converter
+from mm_convert.errors import ModelError
+from mm_convert.huggingface import HuggingFaceFolder
+from mm_convert.inspection import converters_for, converters_of, inspect, is_megatron, trusted_manifest
+from mm_convert.journal import MANIFEST
+from mm_convert.megatron import MegatronFolder
+from mm_convert.model_sizes import sizes_on_disk
+from mm_convert.plan import Plan, Ref, Segment, Spec, Specs
+from mm_convert.progress import progress
+from mm_convert.relate import relate
+from mm_convert.resplit import compose, paper_tensors
+from mm_convert.stored import StoredFile
+
+Folder = HuggingFaceFolder | MegatronFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """One tensor that is not the same.
+
+    Attributes:
+        kind: ``missing`` (in one of the two), ``shape``, ``dtype`` or ``bytes``.
+        name: the tensor, with its file in a Megatron folder.
+        detail: where it is missing, both shapes or dtypes, or the other folder's names of it.
+        elements: how many elements differ; None where they can't be counted.
+        of: elements of the tensor.
+    """
+
+    kind: str
+    name: str
+    detail: str
+    elements: int | None = None
+    of: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What two folders have in common.
+
+    Attributes:
+        differences: empty if they hold the same model.
+        tensors: tensors of the second that were compared.
+        nbytes: their bytes.
+        how: ``bytes`` (read and compared) or ``manifests``.
+    """
+
+    differences: tuple[Difference, ...]
+    tensors: int
+    nbytes: int
+    how: str
+
+    @property
+    def same(self) -> bool:
+        """Whether nothing differs."""
+        return not self.differences
+
+
+def verify(a: str | Path, b: str | Path, *, full: bool = False) -> Comparison:
+    """Compare two checkpoint folders, each Hugging Face or Megatron in any layout, tensor by tensor.
+
+    Manifests decide where they can and no file was touched since: two folders of the same layout, or a folder that was
+    made from a Megatron folder that has a manifest too. Otherwise all bytes are read, through small buffers.
+
+    Args:
+        a: the first, which must be a whole model if the layouts differ.
+        b: the second.
+        full: read all bytes even where manifests would do.
+
+    Raises:
+        CheckpointError: not comparable: no checkpoint, or damaged.
+        ModelError: no converter knows the model.
+    """
+    first, second = _open(Path(a)), _open(Path(b))
+    if isinstance(second, HuggingFaceFolder) and isinstance(first, MegatronFolder):
+        # The rules lead from Hugging Face to Megatron.
+        return _compare(second, first, Path(b), Path(a), full=full)
+    if _is_no_model(first) and not _is_no_model(second):
+        # Comparing across layouts begins at a whole model.
+        return _compare(second, first, Path(b), Path(a), full=full)
+    return _compare(first, second, Path(a), Path(b), full=full)
+
+
+def _is_no_model(folder: Folder) -> bool:
+    return isinstance(folder, MegatronFolder) and not converters_of(folder)
+
+
+def _open(path: Path) -> Folder:
+    if is_megatron(path):
+        return MegatronFolder.open(path)
+    inspect(path)  # raises, with the reason, unless it is a Hugging Face folder
+    return HuggingFaceFolder.open(path)
+
+
+def _compare(a: Folder, b: Folder, a_path: Path, b_path: Path, *, full: bool) -> Comparison:
+    expected, segments = _related(a, b)
+    amounts: Any = {"tensors": len(b.tensors), "nbytes": sum(spec.nbytes for spec in b.tensors.values())}
+    differences = list(_structural(expected, b.tensors, a_path, b_path))
+    if not full and not differences and (_made_from(b_path, a, a_path) or _made_from(a_path, b, b_path)):
+        return Comparison(differences=(), how="manifests", **amounts)
+    crcs = None if full or differences else _crcs(a_path, a)
+    if crcs is not None and crcs == _crcs(b_path, b):
+        return Comparison(differences=(), how="manifests", **amounts)
+    differences += _unequal(a, b, segments, expected)
+    return Comparison(differences=tuple(differences), how="bytes", **amounts)
+
+
+def _related(a: Folder, b: Folder) -> tuple[dict[Ref, Spec], list[Segment]]:
+    """What b must hold if it is a, and the segments from a that make it."""
+    if isinstance(a, HuggingFaceFolder) and isinstance(b, HuggingFaceFolder):
+        return _by_name(a, b)
+    if isinstance(a, MegatronFolder) and isinstance(b, MegatronFolder):
+        if a.layout == b.layout:
+            same = [Segment(ref, 0, ref, 0, (spec.shape or (1,))[0], 0) for ref, spec in a.tensors.items()]
+            return dict(a.tensors), same
+        return _resplit(a, b)
+    if isinstance(a, HuggingFaceFolder) and isinstance(b, MegatronFolder):
+        names = converters_for(a)
+        if not names:
+            raise ModelError(f"{a.directory}: no converter knows model_type {a.config.get('model_type')!r}")
+        plan = Converter.named(names[0]).plan_hf_to_mm(a, b.layout)
+        return dict(plan.targets), _segments(plan)
+    raise AssertionError("verify puts the Hugging Face folder first")
+
+
+def _resplit(a: MegatronFolder, b: MegatronFolder) -> tuple[dict[Ref, Spec], list[Segment]]:
+    names = converters_of(a)
+    if not names:
+        raise ModelError(
+            f"neither {a.directory} nor {b.directory} holds just the tensors of a model that a converter knows; folders"
+            " of one layout can be compared all the same"
+        )
+    converter = Converter.named(names[0])
+    sizes = sizes_on_disk(a, b.layout, legal=True)
+    between = paper_tensors(converter.family, sizes, a)
+    _, there = relate(converter.family, sizes, a.layout, between)
+    targets, onwards = relate(converter.family, sizes, b.layout, between)
+    return targets, _segments(Plan.build(a.tensors, targets, compose(there, onwards)))
+
+
+def _by_name(a: HuggingFaceFolder, b: HuggingFaceFolder) -> tuple[dict[Ref, Spec], list[Segment]]:
+    """Old and new names are the same name."""
+    known = converters_for(a)
+
+    def canonical(ref: Ref) -> str:
+        return Converter.named(known[0]).family.canonical(ref.name) if known else ref.name
+
+    there = {canonical(ref): ref for ref in b.tensors}
+    expected, segments = {}, []
+    for ref, spec in a.tensors.items():
+        target = there.get(canonical(ref), ref)
+        expected[target] = spec
+        segments.append(Segment(ref, 0, target, 0, (spec.shape or (1,))[0], 0))
+    return expected, segments
+
+
+def _structural(expected: Specs, found: Specs, a: Path, b: Path) -> Iterable[Difference]:
+    for ref, spec in expected.items():
+        if ref not in found:
+            yield Difference(kind="missing", name=_name(ref), detail=f"in {b}")
+        elif found[ref].shape != spec.shape:
+            detail = f"{list(spec.shape)} by {a}, {list(found[ref].shape)} in {b}"
+            yield Difference(kind="shape", name=_name(ref), detail=detail)
+        elif found[ref].dtype != spec.dtype:
+            yield Difference(kind="dtype", name=_name(ref), detail=f"{spec.dtype} by {a}, {found[ref].dtype} in {b}")
+    for ref in found:
+        if ref not in expected:
+            yield Difference(kind="missing", name=_name(ref), detail=f"in {a}")
+
+
+def _unequal(a: Folder, b: Folder, segments: Iterable[Segment], expected: Specs) -> Iterable[Difference]:
+    sides = Side(tensors=a.tensors, files=a.files), Side(tensors=b.tensors, files=b.files)
+    comparable = [s for s in segments if b.tensors.get(s.target) == expected[s.target]]
+    counts: dict[Ref, int] = {}
+    origins: dict[Ref, list[str]] = {}
+    with progress(sum(segment_bytes(segment, sides[0]) for segment in comparable)) as advance:
+        for segment in comparable:
+            count = differing_elements(segment, *sides)
+            advance(segment_bytes(segment, sides[0]))
+            if count:
+                counts[segment.target] = counts.get(segment.target, 0) + count
+                names = origins.setdefault(segment.target, [])
+                names += [segment.source.name] if segment.source.name not in names else []
+    for ref, count in counts.items():
+        names = [name for name in origins[ref] if name != ref.name]
+        of = prod(expected[ref].shape)
+        detail = f"from {', '.join(names)}" if names else ""
+        yield Difference(kind="bytes", name=_name(ref), detail=detail, elements=count, of=of)
+
+
+def _segments(plan: Plan) -> list[Segment]:
+    """Writes and checks: each copy must agree."""
+    return [s for part in (plan.writes, plan.checks) for segments in part.values() for s in segments]
+
+
+def _made_from(path: Path, source: Folder, source_path: Path) -> bool:
+    """Whether a folder's manifest says that it was made from `source`, and neither was touched since.
+
+    A manifest knows its sources by their headers and samples. Only a torch file's header has digests of the tensors
+    (and only where we wrote it are they sure to be right); a byte of safetensors may have changed between samples.
+    """
+    manifest = trusted_manifest(path)
+    if manifest is None or trusted_manifest(source_path) is None or not isinstance(source, MegatronFolder):
+        return False
+    files = {_short(file.path): {"size": file.size, "fingerprint": file.digest} for file in source.files.values()}
+    return manifest.get("sources") == files and _older(source.files.values(), path / MANIFEST)
+
+
+def _crcs(path: Path, folder: Folder) -> dict[str, str] | None:
+    """Every tensor's digest, from the manifest, if no file was touched since."""
+    manifest = trusted_manifest(path)
+    # A folder may hold files that its manifest does not name: a trainer's later iteration.
+    if manifest is None or not _older(folder.files.values(), path / MANIFEST):
+        return None
+    entries = [(file, entry["crc32"]) for file, entry in manifest["outputs"].items()]
+    # Of a Megatron folder by file, without the iteration's folder; of a Hugging Face folder by name alone.
+    kept = isinstance(folder, MegatronFolder)
+    return {
+        f"{file.partition('/')[2] if kept else ''}:{name}": crc for file, crcs in entries for name, crc in crcs.items()
+    }
+
+
+def _older(files: Iterable[StoredFile], than: Path) -> bool:
+    made = than.stat().st_mtime_ns
+    return all(max(file.mtime_ns, file.path.stat().st_ctime_ns) <= made for file in files)
+
+
+def _short(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}" if path.parent.name.startswith("mp_rank_") else path.name
+
+
+def _name(ref: Ref) -> str:
+    return f"{ref.file}: {ref.name}" if ref.section else ref.name
