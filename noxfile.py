@@ -95,9 +95,10 @@ def types(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
-    """All tests of all packages and across them, from the source tree in one environment; `-- …` goes to pytest."""
+    """The tests across packages, in one environment with all; `-- packages/NAME …` runs others, without a wheel."""
     python = str(_everything(session).python)
-    session.run(python, "-m", "pytest", *SIDE_BY_SIDE, *session.posargs, external=True, env=ONE_THREAD)
+    chosen = session.posargs or ["tests"]  # those of each package run once, in `isolated`, as its user gets it
+    session.run(python, "-m", "pytest", *SIDE_BY_SIDE, *chosen, external=True, env=ONE_THREAD)
 
 
 @nox.session(name="envcheck-fuzz", venv_backend="none")
