@@ -97,7 +97,8 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The tests across packages, in one environment with all; `-- packages/NAME …` runs others, without a wheel."""
     python = str(_everything(session).python)
-    chosen = session.posargs or ["tests"]  # those of each package run once, in `isolated`, as its user gets it
+    # Those of each package run once, in `isolated`, as its user gets it; those beneath these in the contract sessions.
+    chosen = session.posargs or [f"tests/{path.name}" for path in sorted((ROOT / "tests").glob("test_*.py"))]
     session.run(python, "-m", "pytest", *SIDE_BY_SIDE, *chosen, external=True, env=ONE_THREAD)
 
 

@@ -104,8 +104,9 @@ class Backend(enum.Enum):
 
 
 def test_what_torch_save_writes_is_found_where_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = ModuleType("megatron.core.enums")
-    monkeypatch.setitem(sys.modules, trainer.__name__, trainer)
+    for name in ("megatron", "megatron.core", "megatron.core.enums"):  # whether or not there is a real one here
+        trainer = ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, trainer)
     monkeypatch.setattr(Backend, "__module__", trainer.__name__)
     monkeypatch.setattr(trainer, "Backend", Backend, raising=False)
     whole = random_tensor("BF16", (6, 4))
