@@ -122,6 +122,17 @@ def end_of_life(m: FakeMachine) -> None:
     m.packages()
 
 
+def cann_7(m: FakeMachine) -> None:
+    """The set of TorchNPU 5.0.0: CANN 7.0.0, torch 2.1.0, HDK 23.0; torch.accelerator came with torch 2.6."""
+    m.npu(hdk="23.0.3")
+    m.firmware("7.1.0.3.220", drivers="[23.0.0,23.0.0.],[23.0,23.0.]")
+    m.source(m.old_cann("7.0.0"))
+    m.nnal()
+    m.torch("2.1.0", TORCH_2_5)
+    m.torch_npu("2.1.0")
+    m.packages()
+
+
 def other_cxx_abi(m: FakeMachine) -> None:
     """Of one release, and yet torch_npu misses a symbol of torch."""
     healthy(m)
@@ -195,6 +206,7 @@ def mindie(m: FakeMachine) -> None:
 
 
 STACKS = [
+    Scenario("CANN 7.0", cann_7, {"TORCH-EOL": "WARN", "TORCH-ACCEL": "FAIL"}, "no", "no", "2025-12-30"),
     Scenario("CANN 9.0", cann_9, {}, "yes", "yes"),
     Scenario("CANN's Python lacks decorator", no_decorator, {"CANN-DEPS": "FAIL"}, "yes", "no", "decorator"),
     Scenario("CANN's Python lacks requests", no_requests, {"CANN-DEPS": "WARN"}, "yes", "yes", "requests"),
