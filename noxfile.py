@@ -46,7 +46,8 @@ CONSTRAINTS = ROOT / "constraints" / "cpu.txt"
 LIMITS = ("-c", str(CONSTRAINTS))
 VENDORS = ("torch-npu", "mindiesd", "triton", "einops", "pyzmq")  # the last two: mindiesd imports them undeclared
 ON_ACCELERATORS = ("dit-cache", "dit-fused-ops", "dit-ulysses", "wan-infer")
-TOOLS = (*TEST_TOOLS, *BUILD_TOOLS, "mypy", "nox", "tomli")  # what types and tests need beside the packages
+# What types and tests need beside the packages; peft is compared with.
+TOOLS = (*TEST_TOOLS, *BUILD_TOOLS, "mypy", "nox", "tomli", "peft")
 SETTINGS = ROOT / "pyproject.toml"
 ENVIRONMENTS = ROOT / ".nox"
 EVERYTHING = Environment(ENVIRONMENTS / "everything")

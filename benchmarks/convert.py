@@ -1,16 +1,23 @@
 """How long does a conversion take, and how much memory, beside `cp -r` and a script that holds the model in memory?
 
     python benchmarks/convert.py --gigabytes 2 --rounds 5 --output convert.json
+    python benchmarks/convert.py --model 7B --rounds 3 --output convert-7b.json
 
 A synthetic Qwen2.5-VL is written: real layer shapes (4 key/value heads, so that tensor parallel 4 is legal), random
-bytes, as many layers as the size asks for. It is converted to one rank-column of four pipeline stages (tp1pp4), to
-four (tp4pp4), and back. Each conversion stands beside `cp -r` of the folder it reads, and beside a straightforward
-script: load every tensor with torch, cut, torch.save or save_file. Rounds are interleaved; in the first of them, which
-does not count, the script's tensors and mm-convert's are compared. Memory is the peak of the process (mapped pages
-that it touched included), from the operating system.
+bytes, as many layers as the size asks for; with `--model 7B` names, shapes and number of layers of the published one,
+16.6 GB. It is converted to one rank-column of four pipeline stages (tp1pp4), to four (tp4pp4), and back. Each
+conversion stands beside `cp -r` of the folder it reads, and beside a straightforward script: load every tensor with
+torch, cut, torch.save or save_file. Rounds are interleaved; in the first of them, which does not count, the script's
+tensors and mm-convert's are compared. Memory is the peak of the process (mapped pages that it touched included), from
+the operating system. The script is left out where the model would not fit into memory twice, as it needs it; then
+`mm-convert verify` compares what came back with what was there.
 
 With `--cache cold` the read files are dropped from the page cache before each run (clean pages only, which is why
-everything is synced before); the default is warm. Twice the size is needed as free disk space, in `--folder`.
+everything is synced before); the default is warm. Three times the size is needed as free disk space, in `--folder`;
+with the script, four times.
+
+At the end, commands that read headers alone: help, and the dry run for the headers of a published 72B model (80 layers,
+every byte a hole in a sparse file), from the start of the process to its end.
 """
 
 from __future__ import annotations
@@ -40,7 +47,29 @@ WIDTHS = (
     (1536, 12, 128, 8960, 1280, 3420),
     (256, 4, 64, 704, 128, 344),
 )
+DEPTH, VISION, HEAD = 32, 1280, 128
+# Peak of the script beside the size of the model, measured; with a little room.
+SCRIPT_MEMORY = 2.2
 Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Published:
+    """Numbers of a published Qwen2.5-VL, from its config.json."""
+
+    hidden: int
+    heads: int
+    groups: int
+    layers: int
+    ffn: int
+    vocabulary: int
+    vision_ffn: int
+
+
+PUBLISHED = {
+    "7B": Published(3584, 28, 4, 28, 18944, 152064, 3420),
+    "72B": Published(8192, 64, 8, 80, 29568, 152064, 3456),
+}
 
 
 @dataclass(frozen=True)
@@ -67,11 +96,18 @@ def main() -> int:
     arguments = _parse()
     if arguments.child:
         return CHILDREN[arguments.child[0]](*arguments.child[1:])
+    shapes, depths = published(arguments.model) if arguments.model else model(int(arguments.gigabytes * 1e9))
+    nbytes = 2 * sum(map(prod, shapes.values()))
+    script = SCRIPT_MEMORY * nbytes < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     folder = Path(tempfile.mkdtemp(prefix="convert-", dir=arguments.folder))
     try:
-        shapes, depths = model(int(arguments.gigabytes * 1e9))
+        check_space(folder, (4 if script else 3) * nbytes)
         write_model(folder / "hf", shapes, depths)
-        runs = measure(folder, depths, arguments.rounds, cold=arguments.cache == "cold")
+        runs = measure(
+            folder, depths, arguments.rounds, cold=arguments.cache == "cold", script=script, fsync=arguments.fsync
+        )
+        shutil.rmtree(folder / "hf")
+        runs |= {"headers alone": measure_headers(folder / "72B", arguments.rounds)}
     except subprocess.CalledProcessError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if error.returncode != 1 else 1
@@ -83,7 +119,8 @@ def main() -> int:
         return 130
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    nbytes = 2 * sum(map(prod, shapes.values()))
+    if not script:
+        print(f"no in-memory script: it would need {SCRIPT_MEMORY * nbytes / 1e9:.0f} GB of memory")
     print_table(runs, nbytes, arguments.cache)
     if arguments.output is not None:
         write_json(arguments.output, runs, nbytes, arguments.cache)
@@ -107,13 +144,32 @@ def model(nbytes: int) -> tuple[Shapes, tuple[int, int]]:
     return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}, (depth, blocks)
 
 
-def write_model(directory: Path, shapes: Shapes, depths: tuple[int, int]) -> None:
-    """Write a Hugging Face folder of random bytes, in shards of at most 4 GB and at least two."""
-    directory.mkdir()
+def published(name: str) -> tuple[Shapes, tuple[int, int]]:
+    """Shapes of a published model, and its depths (language, vision)."""
+    n = PUBLISHED[name]
+    shapes: Shapes = {"model.embed_tokens.weight": (n.vocabulary, n.hidden), **_ends(n.hidden, VISION)}
+    block, layer = _block(VISION, n.vision_ffn), _layer(n.hidden, n.heads, HEAD, n.ffn, n.groups)
+    shapes |= {f"visual.blocks.{i}.{name}": shape for i in range(DEPTH) for name, shape in block.items()}
+    shapes |= {f"model.layers.{i}.{name}": shape for i in range(n.layers) for name, shape in layer.items()}
+    return shapes | {"model.norm.weight": (n.hidden,), "lm_head.weight": (n.vocabulary, n.hidden)}, (n.layers, DEPTH)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise OSError unless so many bytes are free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"{folder.parent} has {free / 1e9:.0f} GB free, {needed / 1e9:.0f} GB are needed: see --folder")
+
+
+def write_model(
+    directory: Path, shapes: Shapes, depths: tuple[int, int], *, groups: int = GROUPS, holes: bool = False
+) -> None:
+    """Write a Hugging Face folder of random bytes or of holes, in shards of at most 4 GB and at least two."""
+    directory.mkdir(parents=True)
     config = {
         "model_type": "qwen2_5_vl",
         "num_hidden_layers": depths[0],
-        "num_key_value_heads": GROUPS,
+        "num_key_value_heads": groups,
         "vision_config": {"depth": depths[1], "num_heads": VISION_HEADS},
         "tie_word_embeddings": False,
     }
@@ -128,23 +184,31 @@ def write_model(directory: Path, shapes: Shapes, depths: tuple[int, int]) -> Non
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(directory / file, shard)
+        _write_shard(directory / file, shard, holes=holes)
         weight_map |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def measure(folder: Path, depths: tuple[int, int], rounds: int, *, cold: bool) -> dict[str, dict[str, list[Run]]]:
+def measure(
+    folder: Path, depths: tuple[int, int], rounds: int, *, cold: bool, script: bool, fsync: bool
+) -> dict[str, dict[str, list[Run]]]:
     """Runs by task and program; a first round checks the results and does not count."""
     runs: dict[str, dict[str, list[Run]]] = {}
     scratch = folder / "scratch"
     for number in range(rounds + 1):
         for task in tasks(folder, depths):
             lines = {"cp -r": ["cp", "-r", str(task.reads), str(scratch)], "mm-convert": task.ours}
-            for program, line in (lines | {"in-memory script": task.theirs}).items():
+            lines |= {"mm-convert --fsync": [*task.ours, "--fsync"]} if fsync else {}
+            lines |= {"in-memory script": task.theirs} if script else {}
+            for program, line in lines.items():
+                if program == "mm-convert --fsync":
+                    shutil.rmtree(task.makes)
                 run = measured(line, task.reads, cold=cold)
                 if number == 0 and program == "in-memory script":
                     _child("compare", str(task.makes), str(scratch))
+                elif number == 0 and program == "mm-convert" and not script and task.makes.name == "back":
+                    subprocess.run([_COMMAND, "verify", str(folder / "hf"), str(task.makes)], check=True)
                 shutil.rmtree(scratch, ignore_errors=True)
                 if number > 0:
                     runs.setdefault(task.name, {}).setdefault(program, []).append(run)
@@ -175,6 +239,24 @@ def tasks(folder: Path, depths: tuple[int, int]) -> Iterable[Task]:
         shutil.rmtree(mm)
 
 
+def measure_headers(folder: Path, rounds: int) -> dict[str, list[Run]]:
+    """Runs of the commands that read headers alone; the first of each does not count."""
+    shapes, depths = published("72B")
+    write_model(folder / "hf", shapes, depths, groups=PUBLISHED["72B"].groups, holes=True)
+    lines = {"mm-convert --help": [_COMMAND, "--help"], "hf_to_mm --help": [*_mm_convert("hf_to_mm"), "--help"]}
+    for tp, stages in ((1, 4), (2, 8), (8, 8)):
+        llm = [depths[0] // stages] * stages
+        lines[f"plan 72B tp{tp}pp{stages}"] = [
+            *(_COMMAND, "plan", *_mm_convert("hf_to_mm")[1:]),
+            *("--cfg.mm_dir", str(folder / "mm"), "--cfg.hf_config.hf_dir", str(folder / "hf")),
+            *("--cfg.parallel_config.llm_pp_layers", str([llm]).replace(" ", "")),
+            *("--cfg.parallel_config.vit_pp_layers", str([[depths[1]] + [0] * (stages - 1)]).replace(" ", "")),
+            *("--cfg.parallel_config.tp_size", str(tp)),
+        ]
+    nowhere = folder / "nowhere"
+    return {name: [measured(line, nowhere, cold=False) for _ in range(rounds + 1)][1:] for name, line in lines.items()}
+
+
 def measured(line: Sequence[str], reads: Path, *, cold: bool) -> Run:
     """Wall time and peak memory of a process.
 
@@ -199,12 +281,13 @@ def print_table(runs: Mapping[str, Mapping[str, Sequence[Run]]], nbytes: int, ca
     print(f"{nbytes / 1e9:.2f} GB, page cache {cache}")
     print(f"{'task':18} {'program':18} {'seconds':>8} {'x cp':>6} {'GB/s':>6} {'peak MiB':>9}")
     for task, programs in runs.items():
-        base = statistics.median(run.seconds for run in programs["cp -r"])
+        cp = programs.get("cp -r")
         for program, measured_runs in programs.items():
             seconds = statistics.median(run.seconds for run in measured_runs)
             peak = max(run.peak_mib for run in measured_runs)
-            speed = nbytes / 1e9 / seconds
-            print(f"{task:18} {program:18} {seconds:8.2f} {seconds / base:6.1f} {speed:6.2f} {peak:9.0f}")
+            beside = f"{seconds / statistics.median(run.seconds for run in cp):6.1f}" if cp else f"{'':6}"
+            speed = f"{nbytes / 1e9 / seconds:6.2f}" if cp else f"{'':6}"
+            print(f"{task:18} {program:18} {seconds:8.2f} {beside} {speed} {peak:9.0f}")
 
 
 def write_json(target: Path, runs: Mapping[str, Mapping[str, Sequence[Run]]], nbytes: int, cache: str) -> None:
@@ -287,6 +370,7 @@ def compare(ours: str, theirs: str) -> int:
     return 0
 
 
+_COMMAND = str(Path(sys.executable).parent / "mm-convert")
 CHILDREN: dict[str, Callable[..., int]] = {
     "hf_to_mm": in_memory_hf_to_mm,
     "mm_to_hf": in_memory_mm_to_hf,
@@ -306,8 +390,8 @@ def _equal(ours: Mapping[str, object], theirs: Mapping[str, object]) -> bool:
     )
 
 
-def _layer(hidden: int, heads: int, head: int, ffn: int) -> Shapes:
-    rows = {"q": heads * head, "k": GROUPS * head, "v": GROUPS * head}
+def _layer(hidden: int, heads: int, head: int, ffn: int, groups: int = GROUPS) -> Shapes:
+    rows = {"q": heads * head, "k": groups * head, "v": groups * head}
     return {
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
@@ -344,7 +428,7 @@ def _ends(hidden: int, vision: int) -> Shapes:
     }
 
 
-def _write_shard(path: Path, shapes: Shapes) -> None:
+def _write_shard(path: Path, shapes: Shapes, *, holes: bool) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, shape in shapes.items():
@@ -356,7 +440,9 @@ def _write_shard(path: Path, shapes: Shapes) -> None:
     pool = os.urandom((4 << 20) + 13)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        while position:
+        if holes:
+            file.truncate(file.tell() + position)
+        while position and not holes:
             position -= file.write(pool[:position])
 
 
@@ -374,7 +460,7 @@ def _even(layers: int) -> list[int]:
 
 
 def _mm_convert(command: str) -> list[str]:
-    return [str(Path(sys.executable).parent / "mm-convert"), CONVERTER, command]
+    return [_COMMAND, CONVERTER, command]
 
 
 def _line(*words: object) -> list[str]:
@@ -387,9 +473,12 @@ def _child(*words: str) -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=0.5, help="size of the model (default: %(default)s)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--gigabytes", type=float, default=0.5, help="size of the model (default: %(default)s)")
+    which.add_argument("--model", choices=("7B",), help="a published model's shapes, all of them: 16.6 GB")
     parser.add_argument("--rounds", type=_positive, default=3, help="rounds that count (default: %(default)s)")
     parser.add_argument("--cache", choices=("warm", "cold"), default="warm", help="page cache (default: %(default)s)")
+    parser.add_argument("--fsync", action="store_true", help="mm-convert with --fsync as well")
     parser.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
     parser.add_argument("--output", type=Path, help="where the single runs go, as JSON (default: nowhere)")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)

@@ -60,7 +60,7 @@ def test_the_walk_through_lines_work(make_model: MakeModel, tmp_path: Path, caps
         ("[[2,3]]", "[[2,0]]", 1, ["sum to 2", "3 vit layers"]),
         ("[[2,3]]", "[[3,0]]", 8, ["tp_size 8", "num_key_value_heads, 4", "cannot be split", "[1, 2, 4]"]),
         ("[[2,3]]", "[[3,0]]", 3, ["tp_size 3", "num_key_value_heads, 4"]),
-        ("[[2,3]]", "[[3]]", 1, ["different shapes"]),
+        ("[[1,1],[1,2]]", "[[3,0]]", 1, ["different shapes"]),
         ("[[2,3],[1]]", "[[3,0]]", 1, ["one row for each virtual stage"]),
     ],
 )

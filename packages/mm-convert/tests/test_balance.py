@@ -54,7 +54,7 @@ def test_published_models(name: str, pp: int, vpp: int, tmp_path: Path) -> None:
     # No vision layer behind a language layer, and no stage without a layer.
     stages = [*zip(*(map(len, layout.stages(part)) for part in ("llm", "vit")), strict=True)]
     assert all(llm + vit for llm, vit in stages)
-    assert layout.last_stage("vit") <= layout.first_stage("llm")
+    assert layout.last_stages("vit") <= layout.first_stages("llm")
     assert sum(rank.work for rank in found.ranks) == pytest.approx(1)
     model = published_models.MODELS[name]
     # A tied output layer is a copy of the embedding wherever there is a pipeline.

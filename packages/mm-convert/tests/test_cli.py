@@ -25,26 +25,47 @@ def said(words: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> str
 
 def test_menus_list_everything(capsys: pytest.CaptureFixture[str]) -> None:
     everything = said(["--help"], 0, capsys)
-    for name in ("plan", *reports.COMMANDS, *CONVERTERS):
+    for name in ("plan", *reports.COMMANDS, *CONVERTERS, "GenericDCPConverter"):
         assert f"\n    {name}" in everything
-    for words in (["Qwen2_5_VLConverter"], ["plan", "Qwen2_5_VLConverter"]):
+    for words in (["Qwen2_5_VLConverter"], ["plan", "Qwen2_5_VLConverter"], ["WanConverter"], ["GenericDCPConverter"]):
         menu = said([*words, "--help"], 0, capsys)
-        assert all(f"\n    {command} " in menu for command in published.COMMANDS)
+        assert all(f"\n    {command}" in menu for command in published.commands(words[-1]))
+    assert "hf_to_mm_ldt" not in said(["WanConverter", "--help"], 0, capsys)
+    assert "hf_to_mm" not in said(["GenericDCPConverter", "--help"], 0, capsys)
     assert "hf_to_mm" not in said(["plan", "--help"], 0, capsys)
 
 
 def test_every_published_option_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
-    lists = ("llm_pp_layers", "vit_pp_layers", "tp_size")
+    lists = ("llm_pp_layers", "vit_pp_layers", "audio_pp_layers", "tp_size", "ep_size")
+    own = [f"parallel_config.{x}" for x in ("vit_tp_size", "audio_tp_size")]
+    structure = "common_model_config.enable_canonical_hf_struct"
+    from_hf = [
+        "mm_dir", "hf_config.hf_dir", *(f"parallel_config.{x}" for x in lists), *own, structure,
+        "common_model_config.llm_hf_dir", "llm_hf_config.hf_dir", "save_vit_only", "trust_remote_code",
+    ]  # fmt: skip
     options = {
-        "hf_to_mm": ["mm_dir", "hf_config.hf_dir", *(f"parallel_config.{x}" for x in lists)],
-        "mm_to_hf": ["save_hf_dir", "mm_dir", "hf_config.hf_dir", *(f"parallel_config.{x}" for x in lists)],
-        "resplit": ["source_dir", "target_dir", "hf_config.hf_dir",
+        "hf_to_mm": from_hf,
+        "hf_to_mm_ldt": from_hf,
+        "mm_to_hf": ["save_hf_dir", "mm_dir", "hf_config.hf_dir", *(f"parallel_config.{x}" for x in lists),
+                     structure, "trust_remote_code"],
+        "resplit": ["source_dir", "target_dir", "hf_config.hf_dir", *(f"target_{x}" for x in own),
                     *(f"{side}_parallel_config.{x}" for side in ("source", "target") for x in lists)],
     }  # fmt: skip
-    for command, keys in options.items():
-        text = said(["Qwen2_5_VLConverter", command, "--help"], 0, capsys)
-        for key in [*(f"cfg.{key}" for key in keys), "overwrite", "resume", "workers", "plan", "json", "config"]:
-            assert f"--{key} " in text
+    target = [f"target_parallel_config.{x}" for x in ("pp_layers", "tp_size", "ep_size")]
+    generative = {
+        "hf_to_mm": ["source_path", "target_path", *target],
+        "mm_to_hf": ["source_path", "target_path", "hf_dir"],
+        "resplit": ["source_path", "target_path", *target],
+    }
+    for converter, of in (("Qwen2_5_VLConverter", options), ("WanConverter", generative)):
+        for command, keys in of.items():
+            text = said([converter, command, "--help"], 0, capsys)
+            for key in [*(f"cfg.{key}" for key in keys), *OURS, *OURS_OF.get(command, ())]:
+                assert f"--{key} " in text or f"--{key}\n" in text, key
+
+
+OURS = ("overwrite", "resume", "workers", "ram-cap", "fsync", "plan", "json", "config")
+OURS_OF = {"hf_to_mm": ["allow-unused"], "mm_to_hf": ["allow-unused", "hf_naming"]}
 
 
 @pytest.mark.parametrize(
@@ -91,6 +112,18 @@ def test_a_text_model_needs_no_vision_list_and_a_vision_model_does(
     at = line.index("--cfg.parallel_config.vit_pp_layers")
     assert main([*line[:at], *line[at + 2 :]]) == 2
     assert "vit_pp_layers [[0,0]] sum to 0, but the model has 3 vit layers" in capsys.readouterr().err
+
+
+def test_the_memory_of_buffers(make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = hf_to_mm(make_model(), tmp_path / "mm")
+    assert "512MiB" in said([*line, "--ram-cap", "much"], 2, capsys)
+    assert main([*line, "--ram-cap", "1000"]) == 2
+    assert "--ram-cap 1000: too small" in capsys.readouterr().err
+    assert main([*line, "--plan", "--json", "--ram-cap", "1000"]) == 2
+    for number, size in enumerate(("64MiB", str(64 << 20))):
+        at = line.index("--cfg.mm_dir") + 1
+        named = [*line[:at], str(tmp_path / f"mm{number}"), *line[at + 1 :]]
+        assert main([*named, "--ram-cap", size, "--fsync"]) == 0
 
 
 def test_only_what_was_typed_is_built() -> None:

@@ -110,7 +110,7 @@ def killed(tmp_path: Path) -> Callable[[Path, int], subprocess.CompletedProcess[
 def test_killed_at_any_moment_and_resumed(
     make_model: MakeModel, killed: Callable[[Path, int], subprocess.CompletedProcess[str]]
 ) -> None:
-    done = killed(make_model(), 24)
+    done = killed(make_model(), 20)
     assert done.returncode == 0, done.stderr
 
 

@@ -132,6 +132,7 @@ def test_original_names_are_diffusers_names_spelt_otherwise() -> None:
         model = recorded(kind)
         assert {WAN.canonical(n): shape for n, shape in model["original"].items()} == model["saved"]
         assert all(WAN.canonical(name) == name for name in model["saved"])
+        assert {WAN.spellings["original"].name(n): shape for n, shape in model["saved"].items()} == model["original"]
 
 
 def test_tensor_parallel_is_refused() -> None:

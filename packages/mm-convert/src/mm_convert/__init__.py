@@ -20,19 +20,21 @@ from mm_convert.errors import (
     ConvertError,
     LayoutError,
     ModelError,
+    OutputAccessError,
     OutputExistsError,
     OutputSpaceError,
+    RamCapError,
     TotalityError,
 )
 from mm_convert.families import CONVERTERS, Family
-from mm_convert.families.family import ModelSizes
+from mm_convert.families.family import ModelSizes, Spelling
 from mm_convert.layout import GivenLayout, Layout
 from mm_convert.plan import Plan, Ref, Segment, Spec
 from mm_convert.relate import relate
 
 if TYPE_CHECKING:
     from mm_convert.balance import Proposal, propose
-    from mm_convert.convert import Conversion, Converter
+    from mm_convert.convert import Conversion, Converter, RunOptions
     from mm_convert.dry_run import Forecast, forecast
     from mm_convert.huggingface import HuggingFaceFolder
     from mm_convert.in_memory import assemble, huggingface_reader, megatron_reader
@@ -45,6 +47,7 @@ __all__ = [
     "Layout",
     "GivenLayout",
     "Conversion",
+    "RunOptions",
     "forecast",
     "Forecast",
     "inspect",
@@ -66,6 +69,7 @@ __all__ = [
     "megatron_reader",
     "Family",
     "ModelSizes",
+    "Spelling",
     "CONVERTERS",
     "ConvertError",
     "ModelError",
@@ -73,13 +77,16 @@ __all__ = [
     "CheckpointError",
     "TotalityError",
     "OutputExistsError",
+    "OutputAccessError",
     "OutputSpaceError",
+    "RamCapError",
 ]  # fmt: skip
 
 # What the command line's help can do without, and where it is.
 _LATER = {
     "Converter": "convert",
     "Conversion": "convert",
+    "RunOptions": "convert",
     "forecast": "dry_run",
     "Forecast": "dry_run",
     "inspect": "inspection",

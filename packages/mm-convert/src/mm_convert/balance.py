@@ -108,6 +108,7 @@ def propose(
             f"{hf.directory / 'config.json'} says model_type {hf.config.get('model_type')!r}; known:"
             f" {', '.join(t for family in CONVERTERS.values() for t in family.model_types)}"
         )
+    hf = hf.unstacked(CONVERTERS[names[0]].stacked)
     layers = _loads(Converter.named(names[0]), hf, pp_size, tokens, image_share)
     vit = sum(part == "vit" for part, _ in layers)
     stages = pp_size * vpp_size
@@ -132,6 +133,8 @@ def _loads(
     """Vision layers, then language layers, in the order in which data runs; what stands beside the first or the last
     layer of a part counts with it."""
     sizes = converter.sizes(hf)
+    if sizes.audio_layers:
+        raise ModelError("the work of an audio part is not estimated; give audio_pp_layers and the others by hand")
     found = _by_canonical_name(converter.family, hf.tensors)
     counts: dict[Part, int] = {"vit": sizes.vit_layers, "llm": sizes.llm_layers}
     passing: dict[Part, float] = {"vit": tokens * image_share * PATCHES, "llm": tokens}
@@ -140,10 +143,13 @@ def _loads(
         count = counts[rule.part]
         ends = {"first": [0], "start": [0], "last": [count - 1], "end": [count - 1], "layer": list(range(count))}
         for i in ends[rule.where] if isinstance(rule.where, str) else [rule.where]:
-            specs = [hf.tensors[found[name]] for name in (n.format(i=i) for n in rule.hf) if name in found]
+            experts = range(sizes.experts if "{x}" in rule.hf[0] else 1)
+            names = [name.format(i=i, x=x) for x in experts for name in rule.hf]
+            specs = [hf.tensors[found[name]] for name in names if name in found]
             # An embedding is looked up, not multiplied by.
             lookup = "word_embeddings" in rule.mm
-            loads[rule.part][i] += _load(specs, passing[rule.part], multiplied=not lookup)
+            share = sizes.experts_per_token / sizes.experts if len(experts) > 1 else 1
+            loads[rule.part][i] += _load(specs, passing[rule.part] * share, multiplied=not lookup)
     return [(part, load) for part in ("vit", "llm") for load in loads[part]]
 
 

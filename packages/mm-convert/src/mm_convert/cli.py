@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 
 from mm_convert.commands import published, reports
 from mm_convert.errors import ConvertError
-from mm_convert.families import CONVERTERS
 
 ABOUT = "Checkpoints from Hugging Face to the Megatron-style layout of MindSpeed MM, from there to another, and back."
 PLAN = "the dry run of a conversion: what is read, written, needed, and the proof; nothing is touched"
@@ -40,16 +39,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> tuple[int, str]:
-    converters = {name: _about(name) for name in CONVERTERS}
+    converters = published.converters()
     first = _choice("mm-convert", ABOUT, {"plan": PLAN, **reports.HELP, **converters}, argv[:1])
     if first in reports.COMMANDS:
         return reports.run(first, argv[1:])
     planning = first == "plan"
     prog, words = ("mm-convert plan", argv[1:]) if planning else ("mm-convert", argv)
     converter = _choice(prog, PLAN, converters, words[:1])
-    helps = {name: help_text for name, (_, help_text) in published.COMMANDS.items()}
-    command = _choice(f"{prog} {converter}", _about(converter), helps, words[1:2])
-    return published.run(converter, command, words[2:], plan=planning)
+    helps = {name: published.HELP[name] for name in published.commands(converter)}
+    rest = published.without_version(converter, words[1:])
+    command = _choice(f"{prog} {converter}", converters[converter], helps, rest[:1])
+    return published.run(converter, command, rest[1:], plan=planning)
 
 
 def _choice(prog: str, about: str, choices: Mapping[str, str], words: Sequence[str]) -> str:
@@ -59,7 +59,3 @@ def _choice(prog: str, about: str, choices: Mapping[str, str], words: Sequence[s
     for name, help_text in choices.items():
         below.add_parser(name, help=help_text, add_help=False)
     return str(parser.parse_args(words).chosen)
-
-
-def _about(converter: str) -> str:
-    return f"{', '.join(CONVERTERS[converter].model_types)} models"

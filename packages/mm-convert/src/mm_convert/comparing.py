@@ -6,10 +6,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
-from mm_convert.copying import CHUNK, read_all
+from mm_convert.copying import CHUNK, matrix, place, read_all
 from mm_convert.plan import BYTES, Ref, Segment, Specs
 from mm_convert.stored import StoredFile
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Files = Mapping[str, StoredFile]
 
@@ -50,6 +54,12 @@ def differing_elements(segment: Segment, a: Side, b: Side) -> int:
     Raises:
         CheckpointError: a file changed since its header was read.
     """
+    if segment.transposed:
+        x, y = (
+            place(_whole(a, segment.source), segment, first=True),
+            place(_whole(b, segment.target), segment, first=False),
+        )
+        return int((x != y).sum())
     size = BYTES[a.tensors[segment.source].dtype]
     return sum(
         _unequal(x, y, size) for x, y in zip(_runs(segment, a, first=True), _runs(segment, b, first=False), strict=True)
@@ -59,8 +69,17 @@ def differing_elements(segment: Segment, a: Side, b: Side) -> int:
 def segment_bytes(segment: Segment, side: Side) -> int:
     """Bytes of a segment, by the side of its source."""
     shape = side.tensors[segment.source].shape
-    others = prod(shape[: segment.dim]) * prod(shape[segment.dim + 1 :])
+    others = prod(shape[: segment.source_dim]) * prod(shape[segment.source_dim + 1 :])
     return segment.length * others * BYTES[side.tensors[segment.source].dtype]
+
+
+def _whole(side: Side, ref: Ref) -> np.ndarray:
+    """A matrix that is stored the other way round in the other checkpoint: an expert's, so of bounded size."""
+    held = matrix(side.tensors[ref])
+    file = side.files[ref.file]
+    with file.opened() as descriptor:
+        read_all(descriptor, held.data.cast("B"), file.offsets[ref.section, ref.name])
+    return held
 
 
 def _runs(segment: Segment, side: Side, *, first: bool) -> Iterator[memoryview]:

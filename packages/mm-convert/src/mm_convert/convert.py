@@ -2,60 +2,31 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mm_convert.errors import LayoutError, ModelError
-from mm_convert.execute import Target, execute
 from mm_convert.families import Family, family
+from mm_convert.families.canonical import is_canonical, unfused
 from mm_convert.families.family import ModelSizes
-from mm_convert.huggingface import INDEX, SINGLE, HuggingFaceFolder, read_config
-from mm_convert.journal import MANIFEST
-from mm_convert.layout import GivenLayout, Layout
-from mm_convert.megatron import CHECKPOINT_VERSION, RANK_FILE, TRACKER, MegatronFolder
+from mm_convert.huggingface import HuggingFaceFolder, read_config
+from mm_convert.layout import PARTS, GivenLayout, Layout
+from mm_convert.megatron import MegatronFolder
 from mm_convert.model_sizes import sizes_on_disk
-from mm_convert.output import check_free
-from mm_convert.plan import Plan
-from mm_convert.relate import check_same, relate
+from mm_convert.original_file import open_model
+from mm_convert.plan import Plan, Specs
+from mm_convert.relate import relate
 from mm_convert.resplit import plan_resplit
-from mm_convert.safetensors_file import SafetensorsLayout
-from mm_convert.stored import StoredFile
-from mm_convert.torch_layout import TorchLayout
+from mm_convert.selection import known_names, left_over, only_part, with_language_model
+from mm_convert.targets import Conversion, RunOptions, huggingface_target, megatron_target, rank_sections
+from mm_convert.template import Template
 
-__all__ = ["Conversion", "Converter", "rank_sections"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-
-@dataclass(frozen=True, kw_only=True)
-class Conversion:
-    """A conversion that was planned: nothing is written before :meth:`run`.
-
-    Attributes:
-        plan: what goes where, proved total.
-        source: what is read, in words.
-        files: the files that are read, by their names in the plan.
-        target: the folder to write.
-    """
-
-    plan: Plan
-    source: str
-    files: Mapping[str, StoredFile]
-    target: Target
-
-    def run(self, *, overwrite: bool = False, resume: bool = False, workers: int | None = None) -> Plan:
-        """Carry it out.
-
-        Args:
-            overwrite: replace an existing checkpoint.
-            resume: go on where an earlier run was broken off; a finished result is left as it is.
-            workers: threads that copy (default: the processors, at most 4).
-
-        Raises:
-            ConvertError: see :mod:`mm_convert.errors`; nothing is left behind.
-        """
-        execute(self.plan, self.files, self.target, overwrite=overwrite, resume=resume, workers=workers)
-        return self.plan
+__all__ = ["Conversion", "Converter", "RunOptions", "rank_sections"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,18 +35,21 @@ class Converter:
 
     Attributes:
         family: the rules of the model family.
+        canonical: write Megatron-style folders in which query, key and value, and gate and up projection stand apart,
+            as adapters want them. What is read tells by itself which structure it has; this is a check then.
     """
 
     family: Family
+    canonical: bool = False
 
     @classmethod
-    def named(cls, name: str) -> Converter:
+    def named(cls, name: str, *, canonical: bool = False) -> Converter:
         """The converter of a published name.
 
         Raises:
             ModelError: no such converter.
         """
-        return cls(family=family(name))
+        return cls(family=family(name), canonical=canonical)
 
     @classmethod
     def of(cls, directory: str | Path) -> Converter:
@@ -98,16 +72,31 @@ class Converter:
         Raises:
             ModelError: another model, or numbers missing.
         """
-        return self._sizes(hf.config, hf.directory)
+        return self.sizes_of(hf.config, hf.directory)
 
-    def plan_hf_to_mm(self, hf: HuggingFaceFolder, layout: Layout) -> Plan:
+    def plan_hf_to_mm(
+        self, hf: HuggingFaceFolder, layout: Layout, *, unused: Specs | None = None, vit_only: bool = False
+    ) -> Plan:
         """Plan Hugging Face → Megatron.
+
+        Args:
+            hf: the model.
+            layout: how to cut it.
+            unused: tensors of `hf` that are left over (default: what the family does not convert).
+            vit_only: take the vision part alone.
 
         Raises:
             ConvertError: the layout or the checkpoint does not fit.
         """
-        targets, segments = relate(self.family, self.sizes(hf), layout, hf.tensors)
-        return Plan.build(hf.tensors, targets, segments)
+        family, sizes = self._writing(), self.sizes(hf)
+        if unused is None and family.kept:
+            unused = left_over(family, known_names(family, sizes, layout), hf.tensors, ())
+        tensors: Specs = {ref: spec for ref, spec in hf.tensors.items() if ref not in (unused or {})}
+        if vit_only:
+            tensors = only_part(family, known_names(family, sizes, layout), tensors, "vit")
+        sources = replace(hf, tensors=dict(tensors)).unstacked(family.stacked).tensors
+        targets, segments = relate(family, sizes, layout, sources, parts=("vit",) if vit_only else PARTS)
+        return Plan.build(sources, targets, segments)
 
     def plan_mm_to_hf(self, mm: MegatronFolder, hf: HuggingFaceFolder) -> Plan:
         """Plan Megatron → Hugging Face, with the names, shapes and shards of `hf`.
@@ -115,12 +104,7 @@ class Converter:
         Raises:
             ConvertError: the checkpoint does not fit the model.
         """
-        made, segments = relate(self.family, self.sizes(hf), mm.layout, hf.tensors)
-        check_same(mm.tensors, made, str(mm.directory))
-        backwards = [segment.reversed() for segment in segments]
-        dtypes = {segment.target: mm.tensors[segment.source].dtype for segment in backwards}
-        targets = {ref: replace(spec, dtype=dtypes[ref]) for ref, spec in hf.tensors.items()}
-        return Plan.build(mm.tensors, targets, backwards)
+        return self._template(mm, hf).plan(mm)
 
     def plan_resplit(self, mm: MegatronFolder, target: Layout, *, hf_dir: str | Path | None = None) -> Plan:
         """Plan Megatron → Megatron of another layout.
@@ -133,25 +117,61 @@ class Converter:
         Raises:
             ConvertError: the checkpoint is not whole, the layout does not fit, or the number of heads is not known.
         """
+        family = self._reading(mm)
         if hf_dir is None:
-            sizes = sizes_on_disk(mm, target)
+            sizes = sizes_on_disk(family, mm, target)
         else:
-            sizes = self._sizes(read_config(Path(hf_dir)), Path(hf_dir))
-        return plan_resplit(self.family, sizes, mm, target)
+            sizes = self.sizes_of(read_config(Path(hf_dir)), Path(hf_dir))
+        return plan_resplit(family, sizes, mm, target)
 
-    def prepare_hf_to_mm(self, hf_dir: str | Path, mm_dir: str | Path, layout: Layout) -> Conversion:
+    def prepare_hf_to_mm(
+        self,
+        hf_dir: str | Path,
+        mm_dir: str | Path,
+        layout: Layout | None,
+        *,
+        allow_unused: Sequence[str] = (),
+        vit_only: bool = False,
+        llm_hf_dir: str | Path | None = None,
+        tp_size: int = 1,
+    ) -> Conversion:
         """Plan what :meth:`hf_to_mm` does; only headers are read.
 
         Raises:
             ConvertError: the layout or the checkpoint does not fit.
         """
-        hf = HuggingFaceFolder.open(hf_dir)
-        plan = self.plan_hf_to_mm(hf, layout)
-        target = _megatron_target(plan, layout, Path(mm_dir), {"command": "hf_to_mm", "layout": str(layout)})
-        return Conversion(plan=plan, source=f"{hf_dir} (Hugging Face)", files=hf.files, target=target)
+        hf = open_model(Path(hf_dir), self.family)
+        sizes = self.sizes(hf)
+        layout = layout or _undivided((sizes.llm_layers, sizes.vit_layers, sizes.audio_layers), tp_size)
+        options: dict[str, Any] = {"command": "hf_to_mm", "layout": str(layout)}
+        options |= {"save_vit_only": True} if vit_only else {}
+        options |= {"enable_canonical_hf_struct": True} if self.canonical else {}
+        folders = [Path(hf_dir)]
+        chosen = allow_unused or self.family.kept or llm_hf_dir is not None
+        known = known_names(self.family, sizes, layout) if chosen else {}
+        if llm_hf_dir is not None:
+            other = HuggingFaceFolder.open(llm_hf_dir)
+            hf = with_language_model(hf, other, self.family, known, sizes)
+            options |= {"llm_hf_dir": {file: stored.digest for file, stored in other.files.items()}}
+            folders.append(Path(llm_hf_dir))
+        unused = left_over(self.family, known, hf.tensors, allow_unused)
+        options |= _told(allow_unused, unused)
+        plan = self.plan_hf_to_mm(hf, layout, unused=unused, vit_only=vit_only)
+        read = {ref.file for ref in plan.sources}
+        files = {file: s for file, s in hf.unstacked(self.family.stacked).files.items() if file in read}
+        target = megatron_target(plan, layout, mm_dir, options, generative=self.family.generative)
+        source = f"{hf.directory} (Hugging Face)" + (f", language model of {llm_hf_dir}" if llm_hf_dir else "")
+        return Conversion(plan=plan, source=source, files=files, target=target, folders=folders)
 
     def prepare_mm_to_hf(
-        self, mm_dir: str | Path, hf_dir: str | Path, save_hf_dir: str | Path, *, layout: Layout | GivenLayout | None
+        self,
+        mm_dir: str | Path,
+        hf_dir: str | Path,
+        save_hf_dir: str | Path,
+        *,
+        layout: Layout | GivenLayout | None = None,
+        hf_naming: str = "template",
+        allow_unused: Sequence[str] = (),
     ) -> Conversion:
         """Plan what :meth:`mm_to_hf` does; only headers are read.
 
@@ -160,26 +180,29 @@ class Converter:
         """
         hf = HuggingFaceFolder.open(hf_dir)
         mm = _opened(mm_dir, layout)
-        plan = self.plan_mm_to_hf(mm, hf)
-        target = Target(
-            directory=Path(save_hf_dir),
-            layouts={
-                file: SafetensorsLayout.of({ref: plan.targets[ref] for ref in refs})
-                for file, refs in plan.files().items()
-            },
-            others={**_index(plan), **{path.name: path for path in hf.other_files()}},
-            options={"command": "mm_to_hf", "layout": str(mm.layout)},
+        template = self._template(mm, hf, hf_naming=hf_naming, allow_unused=allow_unused)
+        plan = template.plan(mm)
+        options: dict[str, Any] = {"command": "mm_to_hf", "layout": str(mm.layout)}
+        options |= {} if hf_naming == "template" else {"hf_naming": hf_naming}
+        options |= _told(allow_unused, template.kept)
+        taken = {ref.file for ref in template.kept}
+        return Conversion(
+            plan=plan,
+            source=f"{mm.directory} ({mm.layout})",
+            files={**mm.files, **{file: stored for file, stored in hf.files.items() if file in taken}},
+            target=huggingface_target(template.written(plan), hf, template.config(), save_hf_dir, options),
+            folders=[Path(mm_dir), Path(hf_dir)],
         )
-        return Conversion(plan=plan, source=f"{mm.directory} ({mm.layout})", files=mm.files, target=target)
 
     def prepare_resplit(
         self,
         source_dir: str | Path,
         target_dir: str | Path,
-        target: Layout,
+        target: Layout | None,
         *,
         source: Layout | GivenLayout | None = None,
         hf_dir: str | Path | None = None,
+        tp_size: int = 1,
     ) -> Conversion:
         """Plan what :meth:`resplit` does; only headers are read.
 
@@ -187,37 +210,50 @@ class Converter:
             ConvertError: the checkpoint is not whole or not of the given layout, or the new layout does not fit.
         """
         mm = _opened(source_dir, source)
+        target = target or _undivided([sum(map(sum, mm.layout.lists(part))) for part in PARTS], tp_size)
         plan = self.plan_resplit(mm, target, hf_dir=hf_dir)
         options = {"command": "resplit", "source_layout": str(mm.layout), "layout": str(target)}
-        made = _megatron_target(plan, target, Path(target_dir), options)
-        return Conversion(plan=plan, source=f"{mm.directory} ({mm.layout})", files=mm.files, target=made)
+        made = megatron_target(plan, target, target_dir, options, generative=self.family.generative)
+        source_text = f"{mm.directory} ({mm.layout})"
+        return Conversion(plan=plan, source=source_text, files=mm.files, target=made, folders=[Path(source_dir)])
 
     def hf_to_mm(
         self,
         hf_dir: str | Path,
         mm_dir: str | Path,
-        layout: Layout,
+        layout: Layout | None,
         *,
-        overwrite: bool = False,
-        resume: bool = False,
-        workers: int | None = None,
+        allow_unused: Sequence[str] = (),
+        vit_only: bool = False,
+        llm_hf_dir: str | Path | None = None,
+        tp_size: int = 1,
+        **how: Unpack[RunOptions],
     ) -> Plan:
         """Convert a Hugging Face folder to a new Megatron folder.
 
         Args:
-            hf_dir: the Hugging Face folder.
+            hf_dir: the Hugging Face folder, or the single file of an original release.
             mm_dir: the new folder.
-            layout: how to cut the model.
-            overwrite: replace an existing checkpoint.
-            resume: go on where an earlier run was broken off; a finished result is left as it is.
-            workers: threads that copy (default: the processors, at most 4).
+            layout: how to cut the model; None for one pipeline rank that holds all layers.
+            allow_unused: names of tensors that may be left over, with ``*`` and ``?`` as in file names.
+            vit_only: take the vision part alone; the rest of the model is left out.
+            llm_hf_dir: a folder whose language model takes the place of the model's own.
+            tp_size: tensor-parallel size, where no `layout` says it.
+            how: see :class:`RunOptions`.
 
         Raises:
             ConvertError: see :mod:`mm_convert.errors`; nothing is left behind.
         """
-        _check_target(Path(mm_dir), [Path(hf_dir)], overwrite=overwrite, resume=resume)
-        conversion = self.prepare_hf_to_mm(hf_dir, mm_dir, layout)
-        return conversion.run(overwrite=overwrite, resume=resume, workers=workers)
+        planned = self.prepare_hf_to_mm(
+            hf_dir,
+            mm_dir,
+            layout,
+            allow_unused=allow_unused,
+            vit_only=vit_only,
+            llm_hf_dir=llm_hf_dir,
+            tp_size=tp_size,
+        )
+        return planned.run(**how)
 
     def mm_to_hf(
         self,
@@ -226,9 +262,9 @@ class Converter:
         save_hf_dir: str | Path,
         *,
         layout: Layout | GivenLayout | None = None,
-        overwrite: bool = False,
-        resume: bool = False,
-        workers: int | None = None,
+        hf_naming: str = "template",
+        allow_unused: Sequence[str] = (),
+        **how: Unpack[RunOptions],
     ) -> Plan:
         """Convert a Megatron folder to a new Hugging Face folder.
 
@@ -237,55 +273,97 @@ class Converter:
             hf_dir: the template: configuration, tokenizer, names and shards.
             save_hf_dir: the new folder.
             layout: what the caller believes; the layout itself is read from disk.
-            overwrite: replace an existing checkpoint.
-            resume: go on where an earlier run was broken off; a finished result is left as it is.
-            workers: threads that copy (default: the processors, at most 4).
+            hf_naming: how names are spelt: as the template does, or one of the family's `spellings`.
+            allow_unused: names of the template's tensors that the Megatron folder does not hold, with ``*`` and ``?``;
+                they are taken from the template as they are.
+            how: see :class:`RunOptions`.
 
         Raises:
             ConvertError: see :mod:`mm_convert.errors`; nothing is left behind.
         """
-        _check_target(Path(save_hf_dir), [Path(hf_dir), Path(mm_dir)], overwrite=overwrite, resume=resume)
-        conversion = self.prepare_mm_to_hf(mm_dir, hf_dir, save_hf_dir, layout=layout)
-        return conversion.run(overwrite=overwrite, resume=resume, workers=workers)
+        planned = self.prepare_mm_to_hf(
+            mm_dir, hf_dir, save_hf_dir, layout=layout, hf_naming=hf_naming, allow_unused=allow_unused
+        )
+        return planned.run(**how)
 
     def resplit(
         self,
         source_dir: str | Path,
         target_dir: str | Path,
-        target: Layout,
+        target: Layout | None,
         *,
         source: Layout | GivenLayout | None = None,
         hf_dir: str | Path | None = None,
-        overwrite: bool = False,
-        resume: bool = False,
-        workers: int | None = None,
+        tp_size: int = 1,
+        **how: Unpack[RunOptions],
     ) -> Plan:
         """Convert a Megatron folder to a new one of another layout: the bytes that hf_to_mm would give.
 
         Args:
             source_dir: the Megatron folder.
             target_dir: the new folder.
-            target: how to cut the model.
+            target: how to cut the model; None for one pipeline rank that holds all layers.
             source: what the caller believes of the source; its layout itself is read from disk.
             hf_dir: a folder with the model's ``config.json``, where tensors alone don't tell the number of heads.
-            overwrite: replace an existing checkpoint.
-            resume: go on where an earlier run was broken off; a finished result is left as it is.
-            workers: threads that copy (default: the processors, at most 4).
+            tp_size: tensor-parallel size, where no `target` says it.
+            how: see :class:`RunOptions`.
 
         Raises:
             ConvertError: see :mod:`mm_convert.errors`; nothing is left behind.
         """
-        _check_target(Path(target_dir), [Path(source_dir)], overwrite=overwrite, resume=resume)
-        conversion = self.prepare_resplit(source_dir, target_dir, target, source=source, hf_dir=hf_dir)
-        return conversion.run(overwrite=overwrite, resume=resume, workers=workers)
+        planned = self.prepare_resplit(source_dir, target_dir, target, source=source, hf_dir=hf_dir, tp_size=tp_size)
+        return planned.run(**how)
 
-    def _sizes(self, config: Mapping[str, object], directory: Path) -> ModelSizes:
+    def sizes_of(self, config: Mapping[str, object], directory: Path) -> ModelSizes:
+        """The model's numbers, by its ``config.json``.
+
+        Args:
+            config: its content.
+            directory: where it stands, for the words of an error.
+
+        Raises:
+            ModelError: another model, or numbers missing.
+        """
         if not self.family.accepts(config):
+            key = "_class_name" if config.get("model_type") is None and "_class_name" in config else "model_type"
             raise ModelError(
-                f"{directory / 'config.json'} says model_type {config.get('model_type')!r}; this converter is for"
-                f" {', '.join(self.family.model_types)}"
+                f"{directory / 'config.json'} says {key} {config.get(key)!r}; this converter is for"
+                f" {', '.join((*self.family.model_types, *self.family.class_names))}"
             )
         return self.family.sizes(config)
+
+    def _template(
+        self,
+        mm: MegatronFolder,
+        hf: HuggingFaceFolder,
+        *,
+        hf_naming: str = "template",
+        allow_unused: Sequence[str] = (),
+    ) -> Template:
+        family, sizes = self._reading(mm), self.sizes(hf)
+        known = known_names(family, sizes, mm.layout) if allow_unused or family.kept else {}
+        kept = left_over(family, known, hf.tensors, allow_unused)
+        return Template(hf=hf, family=family, sizes=sizes, naming=hf_naming, kept=kept)
+
+    def _writing(self) -> Family:
+        if self.canonical and not self.family.unfusable:
+            raise LayoutError("enable_canonical_hf_struct: this model's layout always fuses query, key and value")
+        return unfused(self.family) if self.canonical else self.family
+
+    def _reading(self, mm: MegatronFolder) -> Family:
+        if is_canonical(ref.name for ref in mm.tensors):
+            return unfused(self.family)
+        if self.canonical:
+            raise LayoutError(
+                f"given: enable_canonical_hf_struct; but {mm.directory} holds query, key and value as one tensor"
+            )
+        return self.family
+
+
+def _undivided(layers: Sequence[int], tp_size: int) -> Layout:
+    """One pipeline rank that holds all layers of each part."""
+    llm, vit, audio = (((count,),) for count in layers)
+    return Layout(llm_pp_layers=llm, vit_pp_layers=vit, audio_pp_layers=audio, tp_size=tp_size)
 
 
 def _opened(directory: str | Path, given: Layout | GivenLayout | None) -> MegatronFolder:
@@ -297,37 +375,6 @@ def _opened(directory: str | Path, given: Layout | GivenLayout | None) -> Megatr
     return mm
 
 
-def _check_target(target: Path, sources: list[Path], *, overwrite: bool, resume: bool) -> None:
-    """Fail early if the target may not be written; whether a finished one is what is wanted shows later."""
-    may_be_finished = resume and (target / MANIFEST).is_file()
-    check_free(target, overwrite=overwrite or may_be_finished, sources=sources)
-
-
-def _megatron_target(plan: Plan, layout: Layout, directory: Path, options: Mapping[str, str]) -> Target:
-    files = plan.files()
-    numbers = {"checkpoint_version": CHECKPOINT_VERSION}
-    stem = RANK_FILE.removesuffix(".pt")
-    layouts = {
-        file: TorchLayout.of(stem, sections, {ref: plan.targets[ref] for ref in files.get(file, [])}, numbers)
-        for file, sections in rank_sections(layout).items()
-    }
-    others = {TRACKER: b"release"}
-    return Target(directory=directory, layouts=layouts, inside="release", others=others, options=options)
-
-
-def _index(plan: Plan) -> dict[str, bytes]:
-    """``model.safetensors.index.json``, unless one file holds everything."""
-    if set(plan.files()) == {SINGLE}:
-        return {}
-    weight_map = {ref.name: ref.file for ref in sorted(plan.targets, key=lambda ref: ref.name)}
-    text = json.dumps({"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map}, indent=2)
-    return {INDEX: (text + "\n").encode()}
-
-
-def rank_sections(layout: Layout) -> dict[str, list[str]]:
-    """Every rank's file and the sections in it, those without a tensor included."""
-    return {
-        f"{layout.rank_dir(t, p)}/{RANK_FILE}": [layout.section(v * layout.pp_size + p) for v in range(layout.vpp_size)]
-        for t in range(layout.tp_size)
-        for p in range(layout.pp_size)
-    }
+def _told(patterns: Sequence[str], unused: Specs) -> dict[str, Any]:
+    """What the manifest says of tensors that were left over."""
+    return {"allow_unused": list(patterns), "unused": sorted(ref.name for ref in unused)} if patterns else {}

@@ -10,10 +10,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mm_convert.errors import CheckpointError, unequal
-from mm_convert.plan import BYTES, Plan, Ref, Segment, Spec
-from mm_convert.stored import StoredFile
+from mm_convert.plan import BYTES, ZEROS, Plan, Ref, Segment, Spec
+from mm_convert.stored import Descriptor, StoredFile
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # What a worker holds of a file at a time: small enough to stay in the processor's cache between reading, CRC and
 # writing (4 MiB took nearly twice the processor time), large enough that calls cost nothing.
@@ -44,13 +48,14 @@ def jobs(plan: Plan, sources: Mapping[str, StoredFile]) -> list[Job]:
     """
     groups: dict[object, list[Ref]] = {}
     for target, segments in plan.writes.items():
-        shared = tuple(sorted({s.source for s in segments})) if _rows(plan, target) > 1 else target
+        together = _rows(plan, target) > 1 or segments[0].transposed
+        shared = tuple(sorted({s.source for s in segments})) if together else target
         groups.setdefault((segments[0].dim, shared), []).append(target)
 
     def place(job: Job) -> tuple[bool, str, int]:
-        first = plan.writes[job[0]][0]
-        offset = sources[first.source.file].offsets[first.source.section, first.source.name]
-        return sum(plan.targets[ref].nbytes for ref in job) < BIG, first.source.file, offset
+        first = next((s.source for s in plan.writes[job[0]] if s.source.section != ZEROS), None)
+        offset = sources[first.file].offsets[first.section, first.name] if first else 0
+        return sum(plan.targets[ref].nbytes for ref in job) < BIG, first.file if first else "", offset
 
     return sorted(map(tuple, groups.values()), key=place)
 
@@ -85,7 +90,9 @@ class Copier:
         """
         with ExitStack() as stack:
             files = _Files(self, stack)
-            if _rows(self.plan, job[0]) > 1:
+            if self.plan.writes[job[0]][0].transposed:
+                crcs = self._transpose(job, files)
+            elif _rows(self.plan, job[0]) > 1:
                 crcs = self._interleave(job, files)
             else:
                 crcs = {target: self._concatenate(target, files) for target in job}
@@ -107,14 +114,40 @@ class Copier:
         out, position = files.target(target)
         crc = 0
         for segment in self.plan.writes[target]:
-            descriptor, offset = files.source(segment.source)
-            for start, _, length in self._runs(segment):
-                for part in self._read(descriptor, offset + start, length):
-                    crc = zlib.crc32(part, crc)
-                    write_all(out, part, position)
-                    position += len(part)
-                    self.advance(len(part))
+            for part in self._parts(segment, files):
+                crc = zlib.crc32(part, crc)
+                write_all(out, part, position)
+                position += len(part)
+                self.advance(len(part))
         return crc
+
+    def _parts(self, segment: Segment, files: _Files) -> Iterator[bytes | memoryview]:
+        if segment.source.section == ZEROS:
+            spec = self.plan.targets[segment.target]
+            yield bytes(segment.length * spec.nbytes // spec.shape[segment.dim])
+            return
+        descriptor, offset = files.source(segment.source)
+        for start, _, length in self._runs(segment):
+            yield from self._read(descriptor, offset + start, length)
+
+    def _transpose(self, job: Job, files: _Files) -> dict[Ref, int]:
+        """Matrices whose rows are the sources' columns: each is held whole, an expert's at most."""
+        held: dict[Ref, np.ndarray] = {}
+        for source in {s.source for target in job for s in self.plan.writes[target]}:
+            descriptor, offset = files.source(source)
+            held[source] = matrix(self.plan.sources[source])
+            self._fill(descriptor, held[source].data.cast("B"), offset)
+        crcs = {}
+        for target in job:
+            made = matrix(self.plan.targets[target])
+            for segment in self.plan.writes[target]:
+                place(made, segment, first=False)[:] = place(held[segment.source], segment, first=True)
+            descriptor, offset = files.target(target)
+            data = made.data.cast("B")
+            crcs[target] = zlib.crc32(data)
+            write_all(descriptor, data, offset)
+            self.advance(len(data))
+        return crcs
 
     def _interleave(self, job: Job, files: _Files) -> dict[Ref, int]:
         """Tensors cut along a later dimension: some rows of every source at a time, dealt out to the targets."""
@@ -154,6 +187,8 @@ class Copier:
             to += widths[1]
 
     def _compare(self, segment: Segment, files: _Files) -> None:
+        if segment.transposed:
+            raise AssertionError("matrices that are stored the other way round have no copies on other ranks")
         descriptor, offset = files.source(segment.source)
         made, place = files.target(segment.target)
         for start, target_start, length in self._runs(segment):
@@ -203,7 +238,7 @@ class _Files:
         """Descriptor, and the place of the tensor's first byte."""
         output = self.copier.outputs[ref.file]
         if ("target", ref.file) not in self.descriptors:
-            descriptor = os.open(output.path, os.O_RDWR)
+            descriptor = Descriptor.of(output.path, os.O_RDWR)
             self.stack.callback(os.close, descriptor)
             self.descriptors["target", ref.file] = descriptor
         return self.descriptors["target", ref.file], output.offsets[ref]
@@ -213,14 +248,25 @@ def read_all(descriptor: int, part: memoryview, offset: int) -> None:
     """Fill `part` from a file.
 
     Raises:
-        CheckpointError: the file ends before.
+        CheckpointError: the file ends before, or can't be read.
     """
     done = 0
     while done < len(part):
-        count = os.preadv(descriptor, [part[done:]], offset + done)
+        try:
+            count = os.preadv(descriptor, [part[done:]], offset + done)
+        except OSError as error:
+            raise CheckpointError(
+                f"{_name(descriptor)} can't be read: {error.strerror}; is its disk all right?"
+            ) from error
         if not count:
-            raise CheckpointError(f"a source ends at byte {offset + done}, where more was planned: was it truncated?")
+            raise CheckpointError(
+                f"{_name(descriptor)} ends at byte {offset + done}, where more was planned: was it truncated?"
+            )
         done += count
+
+
+def _name(descriptor: int) -> object:
+    return descriptor.path if isinstance(descriptor, Descriptor) else "a source"
 
 
 def write_all(descriptor: int, part: bytes | memoryview, offset: int) -> None:
@@ -228,6 +274,22 @@ def write_all(descriptor: int, part: bytes | memoryview, offset: int) -> None:
     done = 0
     while done < len(part):
         done += os.pwrite(descriptor, part[done:], offset + done)
+
+
+def matrix(spec: Spec) -> np.ndarray:
+    """Room for a tensor's elements, as unsigned numbers of their size: bytes are moved, never values."""
+    import numpy as np
+
+    return np.empty(spec.shape, np.dtype(f"u{BYTES[spec.dtype]}"))
+
+
+def place(tensor: np.ndarray, segment: Segment, *, first: bool) -> np.ndarray:
+    """A segment's part of its source (`first`), turned as the target has it, or of its target."""
+    start, dim = (segment.source_start, segment.source_dim) if first else (segment.target_start, segment.dim)
+    index: list[slice] = [slice(None)] * tensor.ndim
+    index[dim] = slice(start, start + segment.length)
+    part = tensor[tuple(index)]
+    return part.T if first and segment.transposed else part
 
 
 def _rows(plan: Plan, target: Ref) -> int:

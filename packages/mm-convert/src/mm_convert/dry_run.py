@@ -5,18 +5,21 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from mm_convert.comparing import Side, segment_bytes
 from mm_convert.convert import Conversion
-from mm_convert.copying import CHUNK, Job, jobs
-from mm_convert.execute import default_workers
-from mm_convert.plan import Plan
+from mm_convert.copying import Job, jobs
+from mm_convert.memory import buffers, is_turned, rows
+from mm_convert.plan import ZEROS, Plan
 
-INTERPRETER = 40 << 20
-"""Memory of the process without buffers, in bytes: Python, headers and the plan of a model of some thousand tensors."""
+INTERPRETER = 34 << 20
+"""Memory of the process without a plan and without buffers, in bytes; measured, like the next two, with some room."""
+PER_TENSOR, PER_SEGMENT = 3 << 10, 256
+"""What the plan, the work that waits, the journal and the manifest take for each tensor to make, and for each piece."""
+NUMPY = 16 << 20
+"""What numpy takes beside, which only matrices to transpose need."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +47,8 @@ class Forecast:
         compared: ranges that several copies claim: one is written, the others must hold the same bytes.
         disk_bytes: bytes of all files that would be made.
         disk_free: bytes free where they would go; None where the file system does not say.
-        memory_bytes: an upper bound for the process.
-        workers: threads that the bound is for.
+        memory_bytes: an upper bound for the process, its buffers and what it holds beside them.
+        workers: threads that the bound is for: as many as `ram_cap` allows.
     """
 
     source: str
@@ -64,16 +67,20 @@ class Forecast:
     workers: int
 
 
-def forecast(conversion: Conversion, *, workers: int | None = None) -> Forecast:
+def forecast(conversion: Conversion, *, workers: int | None = None, ram_cap: int | None = None) -> Forecast:
     """Say what a planned conversion would do; that it was planned means that it was proved total.
 
     Args:
         conversion: from :meth:`mm_convert.Converter.prepare_hf_to_mm` and its siblings.
         workers: threads that would copy (default: the processors, at most 4).
+        ram_cap: bytes that their buffers may take together.
+
+    Raises:
+        RamCapError: one worker needs more than `ram_cap`.
     """
     plan, target = conversion.plan, conversion.target
-    workers = workers or default_workers()
     todo = jobs(plan, conversion.files)
+    at_once = buffers(plan, todo, workers=workers, ram_cap=ram_cap)
     held = plan.files()
     writes = {
         target.name(file): WrittenFile(tensors=len(held.get(file, ())), nbytes=layout.size)
@@ -92,43 +99,38 @@ def forecast(conversion: Conversion, *, workers: int | None = None) -> Forecast:
         compared=sum(map(len, plan.checks.values())),
         disk_bytes=sum(file.nbytes for file in writes.values()),
         disk_free=_free(target.directory),
-        memory_bytes=INTERPRETER + sum(sorted((_buffers(plan, job) for job in todo), reverse=True)[:workers]),
-        workers=workers,
+        memory_bytes=_beside(plan, todo) + at_once.nbytes,
+        workers=at_once.workers,
     )
+
+
+def _beside(plan: Plan, todo: list[Job]) -> int:
+    """Bytes that the process holds beside its buffers."""
+    segments = sum(map(len, (*plan.writes.values(), *plan.checks.values())))
+    numpy = NUMPY * any(is_turned(plan, job) for job in todo)
+    return INTERPRETER + numpy + PER_TENSOR * len(plan.targets) + PER_SEGMENT * segments
 
 
 def _kinds(plan: Plan) -> dict[str, int]:
     kinds = {"copied": 0, "cut": 0, "joined": 0}
     for ref, segments in plan.writes.items():
-        whole = len(segments) == 1 and plan.targets[ref].nbytes == plan.sources[segments[0].source].nbytes
+        source = plan.sources.get(segments[0].source)
+        whole = len(segments) == 1 and (source is None or plan.targets[ref].nbytes == source.nbytes)
         kinds["copied" if whole else "cut" if len(segments) == 1 else "joined"] += 1
     return kinds
 
 
-def _rows(plan: Plan, job: Job) -> int:
-    return prod(plan.targets[job[0]].shape[: plan.writes[job[0]][0].dim])
-
-
 def _read_bytes(plan: Plan, todo: list[Job]) -> int:
     total = 0
-    for job in todo:
-        if _rows(plan, job) > 1:
-            total += sum(plan.sources[ref].nbytes for ref in {s.source for t in job for s in plan.writes[t]})
-        else:
-            total += sum(plan.targets[ref].nbytes for ref in job)
-    # A comparison reads the other copy, and again what was written.
     side = Side(tensors=plan.sources, files={})
+    for job in todo:
+        segments = [s for target in job for s in plan.writes[target] if s.source.section != ZEROS]
+        if rows(plan, job) > 1 or is_turned(plan, job):
+            total += sum(plan.sources[ref].nbytes for ref in {s.source for s in segments})
+        else:
+            total += sum(segment_bytes(s, side) for s in segments)
+    # A comparison reads the other copy, and again what was written.
     return total + 2 * sum(segment_bytes(s, side) for checks in plan.checks.values() for s in checks)
-
-
-def _buffers(plan: Plan, job: Job) -> int:
-    """Bytes that a worker holds at once for a job."""
-    rows = _rows(plan, job)
-    if rows <= 1:
-        return 2 * CHUNK
-    sources = {s.source for t in job for s in plan.writes[t]}
-    widths = [plan.sources[ref].nbytes // rows for ref in sources] + [plan.targets[ref].nbytes // rows for ref in job]
-    return sum(widths) * min(rows, max(1, CHUNK // max(1, *widths)))
 
 
 def _free(folder: Path) -> int | None:

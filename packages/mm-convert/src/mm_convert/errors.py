@@ -7,7 +7,9 @@
     ├── LayoutError        (ValueError)       layer lists and parallel sizes that can't be
     ├── CheckpointError    (ValueError)       a file or a tensor that is missing, extra, broken or different
     ├── TotalityError      (ValueError)       a plan that would lose or invent bytes
+    ├── RamCapError        (ValueError)       less memory than one worker's buffers take
     ├── OutputExistsError  (FileExistsError)  a target that is there already
+    ├── OutputAccessError  (PermissionError)  a target that may not be written
     └── OutputSpaceError   (OSError)          a disk that is too small for the result
 
 Every message says what was given, what is legal and what to do.
@@ -41,8 +43,16 @@ class TotalityError(ConvertError, ValueError):
     """A plan would leave bytes of the source unused, or bytes of the target unwritten."""
 
 
+class RamCapError(ConvertError, ValueError):
+    """The memory that a user allows is less than the buffers of one worker."""
+
+
 class OutputExistsError(ConvertError, FileExistsError):
     """The target exists; nothing is overwritten without being told to."""
+
+
+class OutputAccessError(ConvertError, PermissionError):
+    """The result may not be written where it was asked for: no right to, or a disk that is read-only."""
 
 
 class OutputSpaceError(ConvertError, OSError):

@@ -1,6 +1,6 @@
 """Carry a plan out: byte ranges of the sources go to their places in the new files, several at once.
 
-Memory does not grow with the model: a worker holds a buffer or two (see :mod:`mm_convert.copying`).
+Memory does not grow with the model: a worker holds a buffer or two (see :mod:`mm_convert.memory`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from mm_convert.copying import Copier, Job, Output, jobs, write_all
 from mm_convert.errors import OutputSpaceError
 from mm_convert.journal import MANIFEST, Journal, is_finished, manifest, with_digests
+from mm_convert.memory import buffers
 from mm_convert.output import clear_leftovers, new_folder
 from mm_convert.plan import Plan, Ref
 from mm_convert.progress import progress
@@ -70,6 +71,8 @@ def execute(
     overwrite: bool = False,
     resume: bool = False,
     workers: int | None = None,
+    ram_cap: int | None = None,
+    fsync: bool = False,
 ) -> None:
     """Make the target folder.
 
@@ -80,10 +83,14 @@ def execute(
         overwrite: replace a checkpoint that stands there.
         resume: go on where an earlier run of the same conversion was broken off, and keep this run's work if it is.
         workers: threads that copy; by default as many as there are processors, at most 4.
+        ram_cap: bytes that the buffers of all workers may take together; fewer work if need be.
+        fsync: force everything to the disk before the folder appears, so that a power cut can't take it back.
 
     Raises:
+        RamCapError: one worker needs more than `ram_cap`.
         CheckpointError: a source changed, or copies that must agree do not.
         OutputExistsError: the target is occupied, or another process or another conversion is at it.
+        OutputAccessError: the target may not be written.
         OutputSpaceError: the disk has too little space.
         OSError: reading or writing failed.
     """
@@ -93,48 +100,41 @@ def execute(
     if resume and is_finished(target.directory, expected, sources.values()):
         clear_leftovers(target.directory)
         return
+    todo = jobs(plan, sources)
+    held = buffers(plan, todo, workers=workers, ram_cap=ram_cap)
     for source in sources.values():
         source.check_unchanged()
-    with new_folder(target.directory, overwrite=overwrite, resume=resume) as scratch:
+    with (
+        _space_explained(target.directory),
+        new_folder(target.directory, overwrite=overwrite, resume=resume, fsync=fsync) as scratch,
+    ):
         journal = Journal(scratch / "journal", expected, sources.values())
-        outputs = {
-            file: Output(path=scratch / "new" / names[file], offsets=target.layouts[file].offsets) for file in names
-        }
-        fresh = [output.path for output in outputs.values() if not output.path.exists()]
-        _check_space(scratch, sum(sizes[names[f]] for f, o in outputs.items() if o.path in fresh))
-        with _space_explained(target.directory):
-            for file, output in outputs.items():
-                _reserve(output.path, target.layouts[file].size)
-            crcs = _copy_all(plan, sources, outputs, journal, workers or default_workers())
-            for source in sources.values():
-                source.check_unchanged()
-            for file, output in outputs.items():
-                _write_frame(output.path, target.layouts[file], crcs)
-            _write_others(scratch / "new", {MANIFEST: with_digests(expected, crcs, names), **target.others})
+        paths = {file: scratch / "new" / name for file, name in names.items()}
+        _check_space(scratch, sum(layout.size - _taken(paths[file]) for file, layout in target.layouts.items()))
+        for file, layout in target.layouts.items():
+            _reserve(paths[file], layout.size)
+        outputs = {file: Output(path=paths[file], offsets=layout.offsets) for file, layout in target.layouts.items()}
+        with progress(plan.nbytes) as advance:
+            copier = Copier(plan=plan, sources=sources, outputs=outputs, advance=advance)
+            _copy_all(copier, todo, journal, held.workers)
+        for source in sources.values():
+            source.check_unchanged()
+        for file, layout in target.layouts.items():
+            _write_frame(paths[file], layout, journal.done)
+        _write_others(scratch / "new", {MANIFEST: with_digests(expected, journal.done, names), **target.others})
 
 
-def default_workers() -> int:
-    """Processors that this process may use, at most 4: beyond that disks, not processors, are the limit."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(4, usable or 1)
+def _copy_all(copier: Copier, todo: list[Job], journal: Journal, workers: int) -> None:
+    """Copy what the journal does not hold, check what it does; then it holds every tensor's CRC."""
+    kept = dict(journal.done)
 
+    def work(job: Job) -> None:
+        if all(ref in kept and copier.crc(ref) == kept[ref] for ref in job):
+            copier.advance(sum(copier.plan.targets[ref].nbytes for ref in job))
+        else:
+            journal.add(copier.run(job))
 
-def _copy_all(
-    plan: Plan, sources: Mapping[str, StoredFile], outputs: Mapping[str, Output], journal: Journal, workers: int
-) -> dict[Ref, int]:
-    """Copy what the journal does not hold, check what it does; every tensor's CRC."""
-    with progress(plan.nbytes) as advance:
-        copier = Copier(plan=plan, sources=sources, outputs=outputs, advance=advance)
-        kept = dict(journal.done)
-
-        def work(job: Job) -> None:
-            if all(ref in kept and copier.crc(ref) == kept[ref] for ref in job):
-                advance(sum(plan.targets[ref].nbytes for ref in job))
-            else:
-                journal.add(copier.run(job))
-
-        _in_parallel(work, jobs(plan, sources), workers, copier)
-    return journal.done
+    _in_parallel(work, todo, workers, copier)
 
 
 def _in_parallel(work: Callable[[Job], None], todo: list[Job], workers: int, copier: Copier) -> None:
@@ -167,6 +167,11 @@ def _space_explained(target: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OutputSpaceError(f"{target} can't be written: {error.strerror}; make room and run again") from error
         raise
+
+
+def _taken(path: Path) -> int:
+    """Bytes of the disk that a file has already, if it is there; holes take none."""
+    return min(path.stat().st_size, path.stat().st_blocks * 512) if path.exists() else 0
 
 
 def _reserve(path: Path, size: int) -> None:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 from mm_convert.errors import CheckpointError, unequal
 from mm_convert.huggingface import HuggingFaceFolder
 from mm_convert.megatron import MegatronFolder, load_rank_file
-from mm_convert.plan import Plan, Ref, Segment
+from mm_convert.plan import ZEROS, Plan, Ref, Segment
+from mm_convert.restricted_pickle import DTYPES
+from mm_convert.stacked import number, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,12 +29,20 @@ def assemble(plan: Plan, target: Ref, read: Read) -> Tensor:
     import torch
 
     segments = plan.writes[target]
-    slices = [read(segment) for segment in segments]
-    tensor = torch.cat(slices, dim=segments[0].dim) if len(slices) > 1 else slices[0].clone()
+
+    def part(segment: Segment) -> Tensor:
+        if segment.source.section == ZEROS:
+            spec = plan.targets[target]
+            shape = [*spec.shape[: segment.dim], segment.length, *spec.shape[segment.dim + 1 :]]
+            return torch.zeros(shape, dtype=getattr(torch, DTYPES[spec.dtype]))
+        return read(segment).T if segment.transposed else read(segment)
+
+    slices = [part(segment) for segment in segments]
+    tensor = torch.cat(slices, dim=segments[0].dim) if len(slices) > 1 else slices[0].clone().contiguous()
     for segment in plan.checks.get(target, ()):
         written = tensor.narrow(segment.dim, segment.target_start, segment.length)
         # As bytes: a NaN equals itself here.
-        if not torch.equal(*(t.contiguous().view(torch.uint8) for t in (written, read(segment)))):
+        if not torch.equal(*(t.contiguous().view(torch.uint8) for t in (written, part(segment)))):
             raise CheckpointError(unequal(segment.source, segments[0].source, target))
     return tensor
 
@@ -49,9 +59,14 @@ def huggingface_reader(source: HuggingFaceFolder) -> Iterator[Read]:
         }
 
         def read(segment: Segment) -> Tensor:
-            stored = files[segment.source.file].get_slice(segment.source.name)
+            ref, expert = whole(segment.source), number(segment.source)
+            stored = files[ref.file].get_slice(ref.name)
             rows = slice(segment.source_start, segment.source_start + segment.length)
-            return stored[(slice(None),) * segment.dim + (rows,)]  # type: ignore[no-any-return]
+            index = (slice(None),) * segment.source_dim + (rows,)
+            if ref == segment.source:
+                return stored[index]  # type: ignore[no-any-return]
+            sliced = (slice(expert, expert + 1), *index)
+            return stored[sliced][0]  # type: ignore[no-any-return]
 
         yield read
 
@@ -65,6 +80,6 @@ def megatron_reader(source: MegatronFolder) -> Read:
         if ref.file not in loaded:
             loaded[ref.file] = load_rank_file(source.directory / ref.file)
         tensor = loaded[ref.file][ref.section][ref.name]
-        return tensor.narrow(segment.dim, segment.source_start, segment.length)
+        return tensor.narrow(segment.source_dim, segment.source_start, segment.length)
 
     return read

@@ -11,11 +11,12 @@ from typing import Any
 
 from mm_convert.errors import CheckpointError, ConvertError
 from mm_convert.families import CONVERTERS, Family
+from mm_convert.families.canonical import is_canonical, unfused
 from mm_convert.families.family import ModelSizes
-from mm_convert.huggingface import HuggingFaceFolder
+from mm_convert.huggingface import HuggingFaceFolder, model_folder
 from mm_convert.journal import MANIFEST
 from mm_convert.layout import Layout
-from mm_convert.megatron import TRACKER, MegatronFolder
+from mm_convert.megatron import EXPERT, TRACKER, MegatronFolder
 from mm_convert.model_sizes import EMBEDDING, OUTPUT, sizes_on_disk
 from mm_convert.plan import Ref, Specs
 from mm_convert.relate import relate
@@ -74,7 +75,7 @@ def inspect(path: str | Path) -> Inspection:
     path = Path(path)
     if is_megatron(path):
         return _megatron(path, MegatronFolder.open(path))
-    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+    if any(model_folder(path).glob("*.safetensors")) and (model_folder(path) / "config.json").is_file():
         return _huggingface(path, HuggingFaceFolder.open(path))
     raise CheckpointError(_what_else(path))
 
@@ -88,13 +89,15 @@ def converters_of(mm: MegatronFolder) -> tuple[str, ...]:
     """The published converters whose tables name just the tensors of a Megatron folder."""
 
     def fits(family: Family) -> bool:
+        family = unfused(family) if apart else family
         try:
-            sizes = sizes_on_disk(mm, mm.layout)
+            sizes = sizes_on_disk(family, mm, mm.layout)
             made, _ = relate(family, sizes, mm.layout, paper_tensors(family, sizes, mm))
         except ConvertError:
             return False
         return made.keys() == mm.tensors.keys()
 
+    apart = is_canonical(ref.name for ref in mm.tensors)
     return tuple(name for name, family in CONVERTERS.items() if fits(family))
 
 
@@ -158,7 +161,7 @@ def _hf_sizes(hf: HuggingFaceFolder, converters: Iterable[str]) -> ModelSizes | 
 def _megatron(path: Path, mm: MegatronFolder) -> Inspection:
     tied, reason = _tied(mm, trusted_manifest(path))
     converters = converters_of(mm)
-    types = {t for name in converters for t in CONVERTERS[name].model_types}
+    types = {t for name in converters for t in _model_types(CONVERTERS[name], mm)}
     return Inspection(
         path=str(path),
         kind="megatron",
@@ -172,6 +175,12 @@ def _megatron(path: Path, mm: MegatronFolder) -> Inspection:
         tied_reason=reason,
         manifest=_short(read_manifest(path)),
     )
+
+
+def _model_types(family: Family, mm: MegatronFolder) -> set[str]:
+    """A family's types of models with experts end in ``_moe``, the others do not."""
+    experts = any(EXPERT in ref.name for ref in mm.tensors)
+    return {name for name in family.model_types if name.endswith("_moe") == experts}
 
 
 def _tied(mm: MegatronFolder, manifest: dict[str, Any] | None) -> tuple[bool | None, str]:
@@ -202,7 +211,11 @@ def _amounts(tensors: Specs) -> dict[str, Any]:
 
 
 def _short(manifest: dict[str, Any] | None) -> dict[str, Any] | None:
-    return manifest and {"mm_convert": manifest.get("mm_convert"), "options": manifest.get("options")}
+    if manifest is None:
+        return None
+    # The names of tensors that were left over may be many; the manifest itself lists them.
+    options = {name: value for name, value in (manifest.get("options") or {}).items() if name != "unused"}
+    return {"mm_convert": manifest.get("mm_convert"), "options": options}
 
 
 def _what_else(path: Path) -> str:

@@ -10,17 +10,26 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from mm_convert.errors import LayoutError
 
 if TYPE_CHECKING:
     from mm_convert.plan import Ref
 
-Part = Literal["llm", "vit"]
+Part = Literal["llm", "vit", "audio"]
+PARTS: tuple[Part, ...] = ("llm", "vit", "audio")
 LayerLists = tuple[tuple[int, ...], ...]
 RANK_FILE = "model_optim_rng.pt"
-RANK_DIR = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
+RANK_DIR = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?")
+
+
+class Ranks(NamedTuple):
+    """The numbers of a rank."""
+
+    tp: int
+    pp: int
+    ep: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,30 +40,53 @@ class Layout:
         llm_pp_layers: language layers, ``[virtual stage][pipeline rank]``; a flat list is one
             virtual stage (``[12, 16]`` equals ``[[12, 16]]``: 12 layers on the first rank, 16 on
             the second).
-        vit_pp_layers: vision layers, of the same shape; empty for a text model, which has none.
+        vit_pp_layers: vision layers, of the same shape; empty for a text model, which has none. A shorter row, of a
+            layout without virtual stages, is repeated along the pipeline: with ``[[32]]`` every rank holds the whole
+            vision part.
+        audio_pp_layers: audio layers, likewise; empty for a model that hears nothing.
         tp_size: tensor-parallel size.
+        ep_size: expert-parallel size: every expert-parallel rank holds its share of each layer's experts, and all the
+            rest.
+        vit_tp_size: tensor-parallel size of the vision part, where it is smaller: rank t holds slice
+            ``t % vit_tp_size``. 0 is `tp_size`.
+        audio_tp_size: the same for the audio part.
+        ldt: the language model's ends stand on pipeline rank 0: the embedding in the first virtual stage that holds
+            language layers, final norm and output layer in the last virtual stage, layers there or not.
 
     Raises:
-        LayoutError: the lists are ragged, negative, of different shapes, or hold no language layer.
+        LayoutError: the lists are ragged, negative, of different shapes, or hold no language layer; a size is no
+            number of ranks.
     """
 
     llm_pp_layers: LayerLists
     vit_pp_layers: LayerLists = ()
+    audio_pp_layers: LayerLists = ()
     tp_size: int = 1
+    ep_size: int = 1
+    vit_tp_size: int = 0
+    audio_tp_size: int = 0
+    ldt: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "llm_pp_layers", _nested("llm_pp_layers", self.llm_pp_layers))
-        vit = self.vit_pp_layers or [[0] * len(row) for row in self.llm_pp_layers]
-        object.__setattr__(self, "vit_pp_layers", _nested("vit_pp_layers", vit, least=0))
-        shapes = [[len(row) for row in lists] for lists in (self.llm_pp_layers, self.vit_pp_layers)]
-        if shapes[0] != shapes[1]:
-            raise LayoutError(
-                f"llm_pp_layers {_text(self.llm_pp_layers)} and vit_pp_layers {_text(self.vit_pp_layers)} have"
-                " different shapes; both need one number for each virtual stage and pipeline rank"
-                " (0 where a rank holds no layer of that part)"
-            )
-        if self.tp_size < 1:
-            raise LayoutError(f"tp_size is {self.tp_size}; it must be 1 or more")
+        # A part of a model, such as an adapter of the vision model alone, may hold no language layer.
+        others = [*self.vit_pp_layers, *self.audio_pp_layers]
+        least = 0 if any(any(row) if isinstance(row, (list, tuple)) else row for row in others) else 1
+        object.__setattr__(self, "llm_pp_layers", _nested("llm_pp_layers", self.llm_pp_layers, least=least))
+        for name in ("vit_pp_layers", "audio_pp_layers"):
+            lists = getattr(self, name) or [[0] * len(row) for row in self.llm_pp_layers]
+            object.__setattr__(self, name, _nested(name, lists, least=0))
+            self._check_shape(name)
+        for name in ("tp_size", "ep_size"):
+            if getattr(self, name) < 1:
+                raise LayoutError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        for name in ("vit_tp_size", "audio_tp_size"):
+            size = getattr(self, name)
+            if size < 0 or (size and self.tp_size % size):
+                legal = [n for n in range(1, self.tp_size + 1) if self.tp_size % n == 0]
+                raise LayoutError(
+                    f"{name} is {size}; it must divide tp_size {self.tp_size}: one of {legal}, or 0 for tp_size itself"
+                )
+            object.__setattr__(self, name, 0 if size == self.tp_size else size)
 
     @property
     def pp_size(self) -> int:
@@ -68,21 +100,27 @@ class Layout:
 
     def lists(self, part: Part) -> LayerLists:
         """The layer lists of a part of the model."""
-        return self.llm_pp_layers if part == "llm" else self.vit_pp_layers
+        return {"llm": self.llm_pp_layers, "vit": self.vit_pp_layers, "audio": self.audio_pp_layers}[part]
+
+    def tp(self, part: Part) -> int:
+        """The tensor-parallel size of a part of the model."""
+        return {"llm": 0, "vit": self.vit_tp_size, "audio": self.audio_tp_size}[part] or self.tp_size
 
     def stages(self, part: Part) -> tuple[range, ...]:
         """The global layer numbers of each stage, in the order in which data runs."""
         counts = [count for row in self.lists(part) for count in row]
         ends = list(accumulate(counts))
-        return tuple(range(end - count, end) for count, end in zip(counts, ends, strict=True))
+        once = [range(end - count, end) for count, end in zip(counts, ends, strict=True)]
+        return tuple(once[s % len(once)] for s in range(self.pp_size * self.vpp_size))
 
-    def first_stage(self, part: Part) -> int:
-        """The first stage that holds a layer of the part."""
-        return next(s for s, layers in enumerate(self.stages(part)) if layers)
+    def first_stages(self, part: Part) -> list[int]:
+        """Where a part begins: the first stage that holds a layer of it, or each where it is repeated."""
+        return self._repeated(part, next(s for s, layers in enumerate(self.stages(part)) if layers), first=True)
 
-    def last_stage(self, part: Part) -> int:
-        """The last stage that holds a layer of the part."""
-        return max(s for s, layers in enumerate(self.stages(part)) if layers)
+    def last_stages(self, part: Part) -> list[int]:
+        """Where a part ends: the last stage that holds a layer of it, or each where it is repeated."""
+        once = self.stages(part)[: sum(map(len, self.lists(part)))]
+        return self._repeated(part, max(s for s, layers in enumerate(once) if layers), first=False)
 
     def place(self, stage: int) -> tuple[int, int]:
         """The pipeline rank and the virtual stage of a stage."""
@@ -93,34 +131,58 @@ class Layout:
         """The key in the checkpoint file under which a stage's tensors stand."""
         return f"model{self.place(stage)[1]}" if self.vpp_size > 1 else "model"
 
-    def rank_dir(self, tp_rank: int, pp_rank: int) -> str:
-        """The folder of one rank: ``mp_rank_00`` or, with a pipeline, ``mp_rank_00_000``."""
-        return f"mp_rank_{tp_rank:02d}" + (f"_{pp_rank:03d}" if self.pp_size > 1 else "")
+    def rank_dir(self, tp_rank: int, pp_rank: int, ep_rank: int = 0) -> str:
+        """The folder of one rank: ``mp_rank_00``, and its pipeline and expert-parallel rank where there are several."""
+        pp = f"_{pp_rank:03d}" if self.pp_size > 1 else ""
+        ep = f"_{ep_rank:03d}" if self.ep_size > 1 else ""
+        return f"mp_rank_{tp_rank:02d}{pp}{ep}"
+
+    def ranks(self, ref: Ref) -> Ranks:
+        """The rank in whose folder a tensor stands."""
+        match = RANK_DIR.fullmatch(ref.file.partition("/")[0])
+        tp, *others = [int(number) for number in match.groups() if number] if match else [0]
+        pp = others.pop(0) if self.pp_size > 1 and others else 0
+        return Ranks(tp, pp, others.pop(0) if others else 0)
 
     def stage(self, ref: Ref) -> int:
         """The stage whose tensor this is, from the names of its file and section."""
-        rank = RANK_DIR.fullmatch(ref.file.partition("/")[0])
-        pp_rank = int(rank[2] or 0) if rank else 0
-        return int(ref.section.removeprefix("model") or 0) * self.pp_size + pp_rank
+        return int(ref.section.removeprefix("model") or 0) * self.pp_size + self.ranks(ref).pp
 
-    def check_sums(self, *, llm_layers: int, vit_layers: int) -> None:
+    def check_sums(self, *, llm_layers: int, vit_layers: int, audio_layers: int = 0) -> None:
         """Raise LayoutError unless the lists sum to the model's layers."""
-        for part, expected in (("llm", llm_layers), ("vit", vit_layers)):
-            lists = self.llm_pp_layers if part == "llm" else self.vit_pp_layers
+        for part, expected in zip(PARTS, (llm_layers, vit_layers, audio_layers), strict=True):
+            lists = self.lists(part)
             total = sum(map(sum, lists))
             if total != expected:
-                fits = _text(_even(expected, self.vpp_size, self.pp_size))
+                fits = _text(_even(expected, len(lists), len(lists[0])))
                 raise LayoutError(
                     f"{part}_pp_layers {_text(lists)} sum to {total}, but the model has {expected} {part} layers;"
                     f" for {self.pp_size} pipeline ranks {fits} would fit"
                 )
 
     def __str__(self) -> str:
-        """The options as they are typed."""
-        return (
-            f"llm_pp_layers {_text(self.llm_pp_layers)}, vit_pp_layers {_text(self.vit_pp_layers)},"
-            f" tp_size {self.tp_size}"
-        )
+        """The options as they are typed; of a text model, its own alone."""
+        lists = {f"{part}_pp_layers": _text(self.lists(part)) for part in PARTS if any(map(any, self.lists(part)))}
+        sizes = {name: getattr(self, name) for name in ("ep_size", "vit_tp_size", "audio_tp_size")}
+        more = {name: n for name, n in sizes.items() if n > (name == "ep_size")} | ({"ldt": True} if self.ldt else {})
+        return ", ".join(f"{name} {value}" for name, value in (lists | {"tp_size": self.tp_size} | more).items())
+
+    def _check_shape(self, name: str) -> None:
+        lists = getattr(self, name)
+        shapes = [[len(row) for row in given] for given in (self.llm_pp_layers, lists)]
+        repeated = self.vpp_size == len(lists) == 1 and len(lists[0]) < self.pp_size
+        if shapes[0] != shapes[1] and not repeated:
+            raise LayoutError(
+                f"llm_pp_layers {_text(self.llm_pp_layers)} and {name} {_text(lists)} have different shapes; both need"
+                " one number for each virtual stage and pipeline rank (0 where a rank holds no layer of that part), or,"
+                " without virtual stages, fewer, which are repeated"
+            )
+
+    def _repeated(self, part: Part, stage: int, *, first: bool) -> list[int]:
+        if self.ldt and part == "llm":
+            return [stage // self.pp_size * self.pp_size if first else (self.vpp_size - 1) * self.pp_size]
+        once = sum(map(len, self.lists(part)))
+        return list(range(stage % once, self.pp_size * self.vpp_size, once))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,12 +192,16 @@ class GivenLayout:
     Args:
         llm_pp_layers: as in :class:`Layout`, flat or nested.
         vit_pp_layers: likewise.
+        audio_pp_layers: likewise.
         tp_size: tensor-parallel size.
+        ep_size: expert-parallel size.
     """
 
     llm_pp_layers: Sequence[object] | None = None
     vit_pp_layers: Sequence[object] | None = None
+    audio_pp_layers: Sequence[object] | None = None
     tp_size: int | None = None
+    ep_size: int | None = None
 
     def check(self, found: Layout, where: object) -> None:
         """Compare with what is on disk.
@@ -145,10 +211,10 @@ class GivenLayout:
         """
         given: dict[str, object] = {
             name: _nested(name, lists, least=0)
-            for name in ("llm_pp_layers", "vit_pp_layers")
+            for name in ("llm_pp_layers", "vit_pp_layers", "audio_pp_layers")
             if (lists := getattr(self, name)) is not None
         }
-        given |= {} if self.tp_size is None else {"tp_size": self.tp_size}
+        given |= {name: n for name in ("tp_size", "ep_size") if (n := getattr(self, name)) is not None}
         if any(getattr(found, name) != value for name, value in given.items()):
             words = ", ".join(f"{name} {_text(v) if isinstance(v, tuple) else v}" for name, v in given.items())
             raise LayoutError(f"given: {words}; but {where} holds: {found}")

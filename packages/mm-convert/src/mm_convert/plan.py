@@ -34,6 +34,8 @@ BYTES = {
     "F8_E5M2": 1,
 }
 SHOWN = 8
+ZEROS = "zeros"
+"""The section of sources that stand in no file: zeros that a target holds and the source does not."""
 
 
 class Ref(NamedTuple):
@@ -58,7 +60,10 @@ class Spec:
 
 
 class Segment(NamedTuple):
-    """``target[target_start : target_start + length] = source[source_start : …]`` along `dim`."""
+    """``target[target_start : target_start + length] = source[source_start : …]`` along `dim` of the target.
+
+    A `transposed` one takes a matrix's columns for its rows: there it runs along the source's other dimension.
+    """
 
     source: Ref
     source_start: int
@@ -66,10 +71,24 @@ class Segment(NamedTuple):
     target_start: int
     length: int
     dim: int
+    transposed: bool = False
+
+    @property
+    def source_dim(self) -> int:
+        """The dimension of the source along which the segment runs."""
+        return 1 - self.dim if self.transposed else self.dim
 
     def reversed(self) -> Segment:
         """The same segment, read the other way."""
-        return Segment(self.target, self.target_start, self.source, self.source_start, self.length, self.dim)
+        return Segment(
+            self.target,
+            self.target_start,
+            self.source,
+            self.source_start,
+            self.length,
+            self.source_dim,
+            self.transposed,
+        )
 
 
 Specs = Mapping[Ref, Spec]
@@ -84,12 +103,14 @@ class Plan:
         targets: every tensor made.
         writes: the segments of each target, in order; together they tile it.
         checks: segments whose bytes must equal what stands in the target already.
+        dropped: segments of sources that have no place in the targets: what once was made out of nothing.
     """
 
     sources: Specs
     targets: Specs
     writes: Mapping[Ref, tuple[Segment, ...]]
     checks: Mapping[Ref, tuple[Segment, ...]]
+    dropped: tuple[Segment, ...] = ()
 
     @classmethod
     def build(cls, sources: Specs, targets: Specs, segments: Iterable[Segment]) -> Plan:
@@ -101,6 +122,7 @@ class Plan:
         writes: dict[Ref, tuple[Segment, ...]] = {}
         checks: dict[Ref, tuple[Segment, ...]] = {}
         by_target = _group(segments, "target")
+        dropped = [s for ref in [ref for ref in by_target if ref.section == ZEROS] for s in by_target.pop(ref)]
         for target, spec in targets.items():
             first: dict[int, Segment] = {}
             again = [s for s in by_target.pop(target, []) if first.setdefault(s.target_start, s) is not s]
@@ -113,8 +135,8 @@ class Plan:
                 checks[target] = tuple(again)
         if by_target:
             raise TotalityError(f"segments write tensors that are no target: {listed([ref.name for ref in by_target])}")
-        _prove_used(sources, [s for part in (writes, checks) for ss in part.values() for s in ss])
-        return cls(sources=sources, targets=targets, writes=writes, checks=checks)
+        _prove_used(sources, [*dropped, *(s for part in (writes, checks) for ss in part.values() for s in ss)])
+        return cls(sources=sources, targets=targets, writes=writes, checks=checks, dropped=tuple(dropped))
 
     def files(self) -> dict[str, list[Ref]]:
         """The targets of each file to write, in order."""
@@ -152,9 +174,9 @@ def _prove_tiled(ref: Ref, spec: Spec, pieces: list[tuple[int, int, int]]) -> No
 def _prove_used(sources: Specs, segments: list[Segment]) -> None:
     by_source = _group(segments, "source")
     for ref, spec in sources.items():
-        for dim in {s.dim for s in by_source[ref]} or {0}:
+        for dim in {s.source_dim for s in by_source[ref]} or {0}:
             position = 0
-            for start, length in sorted((s.source_start, s.length) for s in by_source[ref] if s.dim == dim):
+            for start, length in sorted((s.source_start, s.length) for s in by_source[ref] if s.source_dim == dim):
                 if start > position:
                     break
                 position = max(position, start + length)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 from mm_convert.errors import CheckpointError, LayoutError
 from mm_convert.families.family import Family, ModelSizes
-from mm_convert.layout import RANK_FILE, Layout
-from mm_convert.plan import Ref, Segment, Spec, Specs, listed
-from mm_convert.rules import Rule
+from mm_convert.layout import PARTS, RANK_FILE, Layout
+from mm_convert.plan import ZEROS, Ref, Segment, Spec, Specs, listed
+from mm_convert.rules import ZERO, Rule, is_turned
 
 
 def relate(
@@ -17,7 +18,7 @@ def relate(
     layout: Layout,
     hf: Specs,
     *,
-    parts: Iterable[str] = ("llm", "vit"),
+    parts: Iterable[str] = PARTS,
 ) -> tuple[dict[Ref, Spec], list[Segment]]:
     """Apply a family's rules to Hugging Face tensors.
 
@@ -35,29 +36,28 @@ def relate(
         LayoutError: the layout does not fit the model.
         CheckpointError: tensors missing, unknown, or of different dtypes inside one fused tensor.
     """
+    family.check(layout)
     sizes.check(layout)
     found = _by_canonical_name(family, hf)
-    targets: dict[Ref, Spec] = {}
-    segments: list[Segment] = []
+    relation = _Relation(layout=layout, hf=hf, targets={}, segments=[])
     used: set[str] = set()
     missing: list[str] = []
     for rule in family.rules(sizes, layout.pp_size):
         if rule.part not in parts:
             continue
-        for stage, i, j in places(rule, layout):
-            names = [name.format(i=i) for name in rule.hf]
+        for instance in instances(rule, sizes, layout):
+            names = [name for name in instance.hf if name != ZERO]
             absent = [name for name in names if name not in found]
             used.update(names)
             if absent:
                 missing += [] if rule.optional else absent
                 continue
-            _apply(
-                rule, layout, stage, rule.mm.format(j=j), [(found[n], hf[found[n]]) for n in names], targets, segments
-            )
+            relation.add(rule, instance, found)
     unknown = [found[name].name for name in found if name not in used]
+    missing = list(dict.fromkeys(missing))
     if missing or unknown:
         raise CheckpointError(_mismatch("the Hugging Face checkpoint", missing, unknown))
-    return targets, segments
+    return relation.targets, relation.segments
 
 
 def check_same(found: Specs, expected: Specs, what: str) -> None:
@@ -75,29 +75,80 @@ def check_same(found: Specs, expected: Specs, what: str) -> None:
         raise CheckpointError(f"{what} has tensors of the wrong shape: {listed(wrong)}")
 
 
-def _apply(
-    rule: Rule,
-    layout: Layout,
-    stage: int,
-    mm_name: str,
-    sources: list[tuple[Ref, Spec]],
-    targets: dict[Ref, Spec],
-    segments: list[Segment],
-) -> None:
-    dim, shapes = rule.operation.dim, [spec.shape for _, spec in sources]
-    dtype = _common_dtype(sources, dim)
-    pp_rank, _ = layout.place(stage)
-    for tp_rank, pieces in enumerate(rule.operation.pieces(shapes, layout.tp_size)):
-        file = f"{layout.rank_dir(tp_rank, pp_rank)}/{RANK_FILE}"
-        target = Ref(file, layout.section(stage), mm_name)
-        position = 0
-        for piece in pieces:
-            length = piece.stop - piece.start
-            segments.append(Segment(sources[piece.source][0], piece.start, target, position, length, dim))
-            position += length
-        shape = list(shapes[0])
-        shape[dim] = position
-        targets[target] = Spec(dtype, tuple(shape))
+@dataclass(frozen=True)
+class Instance:
+    """A rule at one place.
+
+    Attributes:
+        hf: the sources' names, `ZERO` among them.
+        mm: the target's name.
+        stage: where it stands.
+        ep_ranks: the expert-parallel ranks that hold it.
+    """
+
+    hf: tuple[str, ...]
+    mm: str
+    stage: int
+    ep_ranks: range
+
+
+def instances(rule: Rule, sizes: ModelSizes, layout: Layout) -> Iterator[Instance]:
+    """Every place at which a rule applies, a copy on another rank being a place of its own.
+
+    Raises:
+        LayoutError: on the first or last stage of a part that has no layer.
+    """
+    everywhere = range(layout.ep_size)
+    share = sizes.experts // layout.ep_size
+    for stage, i, j in _places(rule, layout):
+        if not any("{x}" in name for name in rule.hf):
+            yield Instance(tuple(n.format(i=i) for n in rule.hf), rule.mm.format(j=j), stage, everywhere)
+            continue
+        for x in range(sizes.experts):
+            rank, y = divmod(x, share)
+            names = tuple(n.format(i=i, x=x) for n in rule.hf)
+            yield Instance(names, rule.mm.format(j=j, y=y), stage, everywhere[rank : rank + 1])
+
+
+@dataclass(frozen=True)
+class _Relation:
+    """What rules have made so far."""
+
+    layout: Layout
+    hf: Specs
+    targets: dict[Ref, Spec]
+    segments: list[Segment]
+
+    def add(self, rule: Rule, instance: Instance, found: Mapping[str, Ref]) -> None:
+        """Apply a rule at one place."""
+        operation, dim = rule.operation, rule.operation.dim
+        refs = [
+            Ref("", ZEROS, f"{instance.hf[0]} ({number})") if name == ZERO else found[name]
+            for number, name in enumerate(instance.hf)
+        ]
+        held = [ref for ref in refs if ref.section != ZEROS]
+        shapes = [self.hf[held[0] if ref.section == ZEROS else ref].shape for ref in refs]
+        transposed = is_turned(operation, shapes[0])
+        source_dim = 1 - dim if transposed else dim
+        dtype = _common_dtype([(ref, self.hf[ref]) for ref in held], source_dim)
+        own_tp = self.layout.tp(rule.part)
+        cut = operation.pieces(shapes, own_tp)
+        pp_rank, _ = self.layout.place(instance.stage)
+        whole = list(shapes[0][::-1] if transposed else shapes[0])
+        for tp_rank in range(self.layout.tp_size):
+            for ep_rank in instance.ep_ranks:
+                file = f"{self.layout.rank_dir(tp_rank, pp_rank, ep_rank)}/{RANK_FILE}"
+                target = Ref(file, self.layout.section(instance.stage), instance.mm)
+                position = 0
+                for piece in cut[tp_rank % own_tp]:
+                    length = piece.stop - piece.start
+                    self.segments.append(
+                        Segment(refs[piece.source], piece.start, target, position, length, dim, transposed)
+                    )
+                    position += length
+                shape = list(whole)
+                shape[dim] = position
+                self.targets[target] = Spec(dtype, tuple(shape))
 
 
 def _common_dtype(sources: list[tuple[Ref, Spec]], dim: int) -> str:
@@ -117,17 +168,14 @@ def _common_dtype(sources: list[tuple[Ref, Spec]], dim: int) -> str:
     return dtypes.pop()
 
 
-def places(rule: Rule, layout: Layout) -> list[tuple[int, int, int]]:
-    """Where a rule applies: (stage, global layer, layer inside the stage).
-
-    Raises:
-        LayoutError: on the first or last stage of a part that has no layer.
-    """
+def _places(rule: Rule, layout: Layout) -> list[tuple[int, int, int]]:
+    """Where a rule applies: (stage, global layer, layer inside the stage)."""
     stages = layout.stages(rule.part)
     if rule.where in ("first", "last"):
         if not any(stages):
             raise LayoutError(f"{rule.mm} needs a stage with {rule.part} layers, but the layout has none: {layout}")
-        return [(layout.first_stage(rule.part) if rule.where == "first" else layout.last_stage(rule.part), 0, 0)]
+        ends = layout.first_stages(rule.part) if rule.where == "first" else layout.last_stages(rule.part)
+        return [(stage, 0, 0) for stage in ends]
     if rule.where in ("start", "end"):
         return [(0 if rule.where == "start" else len(stages) - 1, 0, 0)]
     layers = [(s, i, j) for s, held in enumerate(stages) for j, i in enumerate(held)]

@@ -16,8 +16,8 @@ from mm_convert.families.family import ModelSizes
 from mm_convert.layout import RANK_FILE, Layout
 from mm_convert.megatron import MegatronFolder
 from mm_convert.plan import Plan, Ref, Segment, Spec, Specs, listed
-from mm_convert.relate import check_same, places, relate
-from mm_convert.rules import Operation, Rule, Shape
+from mm_convert.relate import Instance, check_same, instances, relate
+from mm_convert.rules import ZERO, Operation, Rule, Shape, Transposed
 
 
 def plan_resplit(family: Family, sizes: ModelSizes, mm: MegatronFolder, target: Layout) -> Plan:
@@ -55,18 +55,21 @@ def paper_tensors(family: Family, sizes: ModelSizes, mm: MegatronFolder) -> dict
     missing: list[str] = []
     rules = family.rules(sizes, mm.layout.pp_size)
     for rule in sorted(rules, key=lambda rule: rule.optional):
-        for stage, i, j in places(rule, mm.layout):
-            ref = Ref(_file(mm.layout, stage), mm.layout.section(stage), rule.mm.format(j=j))
-            if ref in explained and rule.optional:
+        for instance in instances(rule, sizes, mm.layout):
+            refs = _on_each_rank(mm.layout, instance, mm.layout.tp(rule.part))
+            first = mm.tensors.get(refs[0])
+            if rule.optional and refs[0] in explained:
                 continue
-            if ref not in mm.tensors:
-                missing += [] if rule.optional else [f"{ref.file}: {ref.name}"]
+            if first is None:
+                missing += [] if rule.optional else [f"{refs[0].file}: {refs[0].name}"]
                 continue
-            explained.add(ref)
-            spec = mm.tensors[ref]
-            shapes = _source_shapes(rule, spec.shape, mm.layout.tp_size, max(1, sizes.key_value_heads))
-            for name, shape in zip(rule.hf, shapes, strict=True):
-                made.setdefault(Ref("", "", name.format(i=i)), Spec(spec.dtype, shape))
+            explained.add(refs[0])
+            # A rank that lacks the tensor, or holds another shape, is named when all ranks are compared.
+            held = [mm.tensors.get(ref, first).shape for ref in refs]
+            shapes = _source_shapes(rule, held, max(1, sizes.key_value_heads))
+            for name, shape in zip(instance.hf, shapes, strict=True):
+                if name != ZERO:
+                    made.setdefault(Ref("", "", name), Spec(first.dtype, shape))
     if missing:
         raise CheckpointError(f"{mm.directory} lacks {len(missing)} tensors: {listed(missing)}; nothing was written")
     return made
@@ -80,13 +83,13 @@ def compose(first: Iterable[Segment], second: Iterable[Segment]) -> list[Segment
     """
     holders: dict[tuple[Ref, int], dict[int, list[Segment]]] = defaultdict(lambda: defaultdict(list))
     for segment in first:
-        holders[segment.source, segment.dim][segment.source_start].append(segment)
+        holders[segment.source, segment.source_dim][segment.source_start].append(segment)
     starts = {key: sorted(ranges) for key, ranges in holders.items()}
     compared: set[tuple[Ref, int, int]] = set()
     # One chain for each target and each of the claims to it; neighbours in a chain are often one range.
     chains: dict[tuple[int, Ref], list[Segment]] = defaultdict(list)
     for wanted in second:
-        key, position = (wanted.source, wanted.dim), wanted.source_start
+        key, position = (wanted.source, wanted.source_dim), wanted.source_start
         stop = position + wanted.length
         while position < stop:
             begin = starts[key][bisect_right(starts[key], position) - 1]
@@ -101,6 +104,7 @@ def compose(first: Iterable[Segment], second: Iterable[Segment]) -> list[Segment
                     target_start=wanted.target_start + position - wanted.source_start,
                     length=end - position,
                     dim=wanted.dim,
+                    transposed=claim.transposed != wanted.transposed,
                 )
                 _append(chains[number, wanted.target], part)
             compared.add(mark)
@@ -113,7 +117,7 @@ def _append(chain: list[Segment], part: Segment) -> None:
     last = chain[-1] if chain else None
     if (
         last is not None
-        and (last.source, last.dim) == (part.source, part.dim)
+        and (last.source, last.dim, last.transposed) == (part.source, part.dim, part.transposed)
         and last.source_start + last.length == part.source_start
         and last.target_start + last.length == part.target_start
     ):
@@ -122,33 +126,45 @@ def _append(chain: list[Segment], part: Segment) -> None:
         chain.append(part)
 
 
-def _source_shapes(rule: Rule, shape: Shape, tp_size: int, unit: int) -> list[Shape]:
-    """Shapes of a rule's sources that give tensor-parallel rank 0 a tensor of this shape."""
-    operation, count = rule.operation, len(rule.hf)
-    for total in dict.fromkeys((shape[operation.dim : operation.dim + 1] or (0,))[0] * n for n in (1, tp_size)):
+def _source_shapes(rule: Rule, shapes: Sequence[Shape], unit: int) -> list[Shape]:
+    """Shapes of a rule's sources that give the tensor-parallel ranks tensors of these shapes.
+
+    Args:
+        rule: the rule.
+        shapes: what each rank holds.
+        unit: the length of what is smallest among fused sources, where they are not equal.
+    """
+    count, dim, shape = len(rule.hf), rule.operation.dim, shapes[0]
+    lengths = [(*held[dim : dim + 1], 0)[0] for held in shapes]
+    alike = [lengths[0]] * len(shapes)
+    for wanted, total in ((lengths, sum(lengths)), (alike, lengths[0]), (alike, sum(alike))):
         equal = [total // count] * count
         uneven = [total - (count - 1) * unit, *[unit] * (count - 1)]
-        for lengths in (equal, uneven):
-            shapes = [(*shape[: operation.dim], n, *shape[operation.dim + 1 :]) for n in lengths]
-            if sum(lengths) == total and _makes(operation, shapes, tp_size, shape):
-                return shapes
+        for parts in (equal, uneven):
+            sources = [(*shape[:dim], n, *shape[dim + 1 :]) for n in parts]
+            sources = [s[::-1] if isinstance(rule.operation, Transposed) else s for s in sources]
+            if sum(parts) == total and _makes(rule.operation, sources, wanted):
+                return sources
     raise CheckpointError(
-        f"{rule.mm} has shape {list(shape)} on each of {tp_size} tensor-parallel ranks, which no tensors"
+        f"{rule.mm} has shape {list(shape)} on each of {len(shapes)} tensor-parallel ranks, which no tensors"
         f" {', '.join(rule.hf)} give; is it a checkpoint of this model?"
     )
 
 
-def _makes(operation: Operation, shapes: Sequence[Shape], tp_size: int, shape: Shape) -> bool:
+def _makes(operation: Operation, sources: Sequence[Shape], held: Sequence[int]) -> bool:
     try:
-        ranks = operation.pieces(shapes, tp_size)
+        ranks = operation.pieces(sources, len(held))
     except LayoutError:
         return False
-    lengths = {sum(piece.stop - piece.start for piece in pieces) for pieces in ranks}
-    return len(shape) > operation.dim and lengths == {shape[operation.dim]}
+    return [sum(piece.stop - piece.start for piece in pieces) for pieces in ranks] == list(held)
 
 
-def _file(layout: Layout, stage: int) -> str:
-    return f"{layout.rank_dir(0, layout.place(stage)[0])}/{RANK_FILE}"
+def _on_each_rank(layout: Layout, instance: Instance, tp_size: int) -> list[Ref]:
+    """A target on those tensor-parallel ranks that together hold it."""
+    pp_rank, _ = layout.place(instance.stage)
+    section = layout.section(instance.stage)
+    folders = [layout.rank_dir(tp_rank, pp_rank, instance.ep_ranks[0]) for tp_rank in range(tp_size)]
+    return [Ref(f"{folder}/{RANK_FILE}", section, instance.mm) for folder in folders]
 
 
 def _check_dtypes(mm: MegatronFolder, held: Specs) -> None:

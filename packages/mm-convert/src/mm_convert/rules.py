@@ -16,6 +16,8 @@ from mm_convert.layout import Part
 
 Shape = tuple[int, ...]
 Where = Literal["layer", "first", "last", "start", "end"] | int
+ZERO = ""
+"""In place of a Hugging Face name: zeros of the first source's shape, left out again on the way back."""
 
 
 @dataclass(frozen=True)
@@ -120,13 +122,58 @@ class StackedQKV:
         ]
 
 
+@dataclass(frozen=True)
+class Stacked:
+    """One tensor of equal parts one over another (``[gate; up]``, ``[Q; K; V]``); rank t holds its slice of each."""
+
+    parts: int
+    dim: int = 0
+
+    def pieces(self, shapes: Sequence[Shape], tp_size: int) -> list[list[Piece]]:
+        """The rank's rows of every part, in order."""
+        part = _share(shapes[0][self.dim], self.parts, "stacked size", given="the number of parts")
+        size = _share(part, tp_size, "size of a stacked part")
+        return [
+            [Piece(0, n * part + t * size, n * part + (t + 1) * size) for n in range(self.parts)]
+            for t in range(tp_size)
+        ]
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """An operation on matrices that Hugging Face stores the other way round: ``[in, out]``.
+
+    Args:
+        operation: what is done once they are turned; its `dim` is that of the Megatron tensor.
+        inputs: input features, where a matrix may be stored either way: one with as many rows is turned. 0: all are.
+    """
+
+    operation: Operation
+    inputs: int = 0
+
+    def turns(self, shape: Shape) -> bool:
+        """Whether a matrix of this shape has to be turned."""
+        return not self.inputs or shape[0] == self.inputs
+
+    @property
+    def dim(self) -> int:
+        """The dimension of the Megatron tensor along which pieces are cut and concatenated."""
+        return self.operation.dim
+
+    def pieces(self, shapes: Sequence[Shape], tp_size: int) -> list[list[Piece]]:
+        """The pieces of each rank, along the other dimension of the sources if these are turned."""
+        turned = [shape[::-1] if self.turns(shape) else shape for shape in shapes]
+        return self.operation.pieces(turned, tp_size)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """Tensors `hf` make the tensor `mm`.
 
     Args:
-        hf: names with ``{i}`` for the global layer number.
-        mm: name with ``{j}`` for the layer number inside its stage.
+        hf: names with ``{i}`` for the global layer number, and ``{x}`` for the global number of an expert; or `ZERO`.
+        mm: name with ``{j}`` for the layer number inside its stage, and ``{y}`` for the expert's number inside its
+            expert-parallel rank.
         operation: how it is put together and cut over tensor-parallel ranks.
         part: the layer lists that place it.
         where: in every stage's layers; on the first or last stage that holds a layer of the part; at the
@@ -142,8 +189,13 @@ class Rule:
     optional: bool = False
 
 
-def _share(size: int, tp_size: int, what: str) -> int:
-    if size % tp_size:
+def _share(size: int, count: int, what: str, *, given: str = "tp_size") -> int:
+    if size % count:
         legal = [n for n in range(1, size + 1) if size % n == 0 and n <= 64]
-        raise LayoutError(f"tp_size {tp_size} does not divide the {what} {size}; legal here: {legal}")
-    return size // tp_size
+        raise LayoutError(f"{given} {count} does not divide the {what} {size}; legal here: {legal}")
+    return size // count
+
+
+def is_turned(operation: Operation, shape: Shape) -> bool:
+    """Whether an operation takes the columns of a source of this shape for its rows."""
+    return isinstance(operation, Transposed) and operation.turns(shape)

@@ -14,6 +14,7 @@ from typing import Any
 
 from mm_convert.errors import CheckpointError
 from mm_convert.plan import BYTES, Ref, Spec
+from mm_convert.stacked import offsets_of_parts, stacked
 from mm_convert.stored import StoredFile
 
 LARGEST_HEADER = 100 << 20  # safetensors' own limit
@@ -70,7 +71,12 @@ class SafetensorsLayout:
 
     @classmethod
     def of(cls, tensors: Mapping[Ref, Spec]) -> SafetensorsLayout:
-        """Lay out a file of these tensors, in the order in which the safetensors library puts them."""
+        """Lay out a file of these tensors, in the order in which the safetensors library puts them.
+
+        Args:
+            tensors: the tensors; experts' parts of one stand in it one over another (see :mod:`mm_convert.stacked`).
+        """
+        parts, tensors = tensors, stacked(tensors)
         ordered = sorted(tensors, key=lambda ref: (ORDER.index(tensors[ref].dtype), ref.name))
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         begins: dict[Ref, int] = {}
@@ -87,7 +93,7 @@ class SafetensorsLayout:
         text += b" " * (-len(text) % 8)
         header = len(text).to_bytes(8, "little") + text
         offsets = {ref: len(header) + begin for ref, begin in begins.items()}
-        return cls(size=len(header) + position, offsets=offsets, header=header)
+        return cls(size=len(header) + position, offsets=offsets_of_parts(offsets, parts), header=header)
 
     def frame(self, crcs: Mapping[Ref, int]) -> Iterator[tuple[int, bytes]]:
         """What is no tensor: (offset, bytes)."""

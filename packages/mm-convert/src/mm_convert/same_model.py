@@ -11,12 +11,14 @@ from typing import Any
 from mm_convert.comparing import Side, differing_elements, segment_bytes
 from mm_convert.convert import Converter
 from mm_convert.errors import ModelError
+from mm_convert.families import CONVERTERS, Family
+from mm_convert.families.canonical import is_canonical, unfused
 from mm_convert.huggingface import HuggingFaceFolder
 from mm_convert.inspection import converters_for, converters_of, inspect, is_megatron, trusted_manifest
 from mm_convert.journal import MANIFEST
 from mm_convert.megatron import MegatronFolder
 from mm_convert.model_sizes import sizes_on_disk
-from mm_convert.plan import Plan, Ref, Segment, Spec, Specs
+from mm_convert.plan import ZEROS, Plan, Ref, Segment, Spec, Specs
 from mm_convert.progress import progress
 from mm_convert.relate import relate
 from mm_convert.resplit import compose, paper_tensors
@@ -99,7 +101,9 @@ def _open(path: Path) -> Folder:
     if is_megatron(path):
         return MegatronFolder.open(path)
     inspect(path)  # raises, with the reason, unless it is a Hugging Face folder
-    return HuggingFaceFolder.open(path)
+    hf = HuggingFaceFolder.open(path)
+    names = converters_for(hf)
+    return hf.unstacked(CONVERTERS[names[0]].stacked) if names else hf
 
 
 def _compare(a: Folder, b: Folder, a_path: Path, b_path: Path, *, full: bool) -> Comparison:
@@ -120,7 +124,7 @@ def _related(a: Folder, b: Folder) -> tuple[dict[Ref, Spec], list[Segment]]:
     if isinstance(a, HuggingFaceFolder) and isinstance(b, HuggingFaceFolder):
         return _by_name(a, b)
     if isinstance(a, MegatronFolder) and isinstance(b, MegatronFolder):
-        if a.layout == b.layout:
+        if a.layout == b.layout and len({is_canonical(r.name for r in mm.tensors) for mm in (a, b)}) == 1:
             same = [Segment(ref, 0, ref, 0, (spec.shape or (1,))[0], 0) for ref, spec in a.tensors.items()]
             return dict(a.tensors), same
         return _resplit(a, b)
@@ -128,7 +132,8 @@ def _related(a: Folder, b: Folder) -> tuple[dict[Ref, Spec], list[Segment]]:
         names = converters_for(a)
         if not names:
             raise ModelError(f"{a.directory}: no converter knows model_type {a.config.get('model_type')!r}")
-        plan = Converter.named(names[0]).plan_hf_to_mm(a, b.layout)
+        canonical = is_canonical(ref.name for ref in b.tensors)
+        plan = Converter.named(names[0], canonical=canonical).plan_hf_to_mm(a, b.layout)
         return dict(plan.targets), _segments(plan)
     raise AssertionError("verify puts the Hugging Face folder first")
 
@@ -140,12 +145,16 @@ def _resplit(a: MegatronFolder, b: MegatronFolder) -> tuple[dict[Ref, Spec], lis
             f"neither {a.directory} nor {b.directory} holds just the tensors of a model that a converter knows; folders"
             " of one layout can be compared all the same"
         )
-    converter = Converter.named(names[0])
-    sizes = sizes_on_disk(a, b.layout, legal=True)
-    between = paper_tensors(converter.family, sizes, a)
-    _, there = relate(converter.family, sizes, a.layout, between)
-    targets, onwards = relate(converter.family, sizes, b.layout, between)
+    of_a, of_b = (_structure(CONVERTERS[names[0]], folder) for folder in (a, b))
+    sizes = sizes_on_disk(of_a, a, b.layout, legal=True)
+    between = paper_tensors(of_a, sizes, a)
+    _, there = relate(of_a, sizes, a.layout, between)
+    targets, onwards = relate(of_b, sizes, b.layout, between)
     return targets, _segments(Plan.build(a.tensors, targets, compose(there, onwards)))
+
+
+def _structure(family: Family, mm: MegatronFolder) -> Family:
+    return unfused(family) if is_canonical(ref.name for ref in mm.tensors) else family
 
 
 def _by_name(a: HuggingFaceFolder, b: HuggingFaceFolder) -> tuple[dict[Ref, Spec], list[Segment]]:
@@ -199,8 +208,9 @@ def _unequal(a: Folder, b: Folder, segments: Iterable[Segment], expected: Specs)
 
 
 def _segments(plan: Plan) -> list[Segment]:
-    """Writes and checks: each copy must agree."""
-    return [s for part in (plan.writes, plan.checks) for segments in part.values() for s in segments]
+    """Writes and checks: each copy must agree. What was made out of nothing is nowhere to be compared with."""
+    both = [s for part in (plan.writes, plan.checks) for segments in part.values() for s in segments]
+    return [s for s in both if s.source.section != ZEROS]
 
 
 def _made_from(path: Path, source: Folder, source_path: Path) -> bool:

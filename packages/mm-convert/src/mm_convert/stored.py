@@ -16,6 +16,19 @@ Name = tuple[str, str]
 """A tensor's section and name."""
 
 
+class Descriptor(int):
+    """A file descriptor that knows the name of its file, for the words of an error."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, path: Path, flags: int) -> Descriptor:
+        """Open a file; the caller closes it."""
+        descriptor = cls(os.open(path, flags))
+        descriptor.path = path
+        return descriptor
+
+
 SAMPLES, SAMPLE = 64, 4096  # how many, and bytes of each
 
 
@@ -64,7 +77,7 @@ class StoredFile:
         Raises:
             CheckpointError: the file is no longer the one that was planned for.
         """
-        descriptor = os.open(self.path, os.O_RDONLY)
+        descriptor = Descriptor.of(self.path, os.O_RDONLY)
         try:
             stat = os.fstat(descriptor)
             if (stat.st_size, stat.st_mtime_ns) != (self.size, self.mtime_ns):

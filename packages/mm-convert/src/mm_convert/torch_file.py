@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from mm_convert.restricted_pickle import PickledTensor, unpickle
 from mm_convert.stored import Name, StoredFile
 
 LARGEST_PICKLE = 256 << 20  # names and shapes of some million tensors
+Sections = Callable[[Any], Mapping[str, Mapping[Any, Any]]]
 LOCAL_HEADER = 30  # bytes before the record's name; the lengths of name and extra field are its last two numbers
 
 
@@ -25,16 +26,29 @@ def read_torch_file(path: Path) -> tuple[StoredFile, list[str]]:
     Raises:
         CheckpointError: not of torch.save, truncated, or its pickle asks to run code.
     """
+    return _read(path, _sections)
+
+
+def read_weights_file(path: Path) -> StoredFile:
+    """The tensors of a ``.pt`` file of an original release: ``{name: tensor}``, by itself or in a ``module`` entry.
+
+    Raises:
+        CheckpointError: not of torch.save, truncated, or its pickle asks to run code.
+    """
+    return _read(path, _bare)[0]
+
+
+def _read(path: Path, sections: Sections) -> tuple[StoredFile, list[str]]:
     try:
         with zipfile.ZipFile(path) as archive:
-            records = _records(archive)
+            records = records_of(archive)
             if records["data.pkl"].file_size > LARGEST_PICKLE:
                 raise CheckpointError(f"its pickle is larger than {LARGEST_PICKLE >> 20} MiB; save the tensors alone")
             content = unpickle(io.BytesIO(archive.read(records["data.pkl"])))
             header = (archive.start_dir, path.stat().st_size)
-            tensors = _tensors(content)
+            tensors = _tensors(sections(content))
             used = {t.storage: records[f"data/{t.storage}"] for t in tensors.values()}
-            starts = {key: _data_offset(archive, record) for key, record in used.items()}
+            starts = {key: data_offset(archive, record) for key, record in used.items()}
     except CheckpointError as error:
         raise CheckpointError(f"{path} can't be read as a checkpoint: {error}") from error
     except KeyError as error:
@@ -48,10 +62,10 @@ def read_torch_file(path: Path) -> tuple[StoredFile, list[str]]:
         _check_tensor(path, name, tensor, used[tensor.storage].file_size, starts[tensor.storage], header[0])
     offsets = {name: starts[t.storage] + t.start for name, t in tensors.items()}
     specs: dict[Name, Spec] = {name: t.spec for name, t in tensors.items()}
-    return StoredFile.described(path, header, specs, offsets), list(_sections(content))
+    return StoredFile.described(path, header, specs, offsets), list(sections(content))
 
 
-def _records(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+def records_of(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     """Records by name without the leading folder, which differs from file to file."""
     records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
     packed = [name for name, info in records.items() if info.compress_type != zipfile.ZIP_STORED]
@@ -62,7 +76,12 @@ def _records(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     return records
 
 
-def _data_offset(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> int:
+def data_offset(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> int:
+    """Where a record's first byte stands.
+
+    Raises:
+        CheckpointError: the directory of the zip leads nowhere.
+    """
     file = archive.fp
     if file is None:
         raise ValueError("the archive is closed")
@@ -89,10 +108,19 @@ def _sections(content: Any) -> dict[str, Mapping[Any, Any]]:
     return sections
 
 
-def _tensors(content: Any) -> dict[Name, PickledTensor]:
+def _bare(content: Any) -> dict[str, Mapping[Any, Any]]:
+    """The dict of tensors under the empty name."""
+    found = content if isinstance(content, Mapping) else {}
+    inside = next((found[key] for key in ("module", "state_dict") if isinstance(found.get(key), Mapping)), found)
+    if not any(isinstance(value, PickledTensor) for value in inside.values()):
+        raise CheckpointError("it holds no tensors by name, neither by themselves nor under 'module' or 'state_dict'")
+    return {"": inside}
+
+
+def _tensors(sections: Mapping[str, Mapping[Any, Any]]) -> dict[Name, PickledTensor]:
     return {
         (section, str(name)): tensor
-        for section, held in _sections(content).items()
+        for section, held in sections.items()
         for name, tensor in held.items()
         if isinstance(tensor, PickledTensor) and not str(name).endswith("_extra_state")
     }

@@ -13,8 +13,8 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from mm_convert import pickling
 from mm_convert.plan import Ref, Spec
-from mm_convert.restricted_pickle import STORAGES, UNTYPED
 
 ALIGNMENT = 64
 LIMIT = 0xFFFFFFFF  # a 32-bit field with this value says: see the zip64 field
@@ -105,10 +105,10 @@ class TorchLayout:
         ]
         records: list[Record] = []
         for name, size, data in contents:
-            records.append(_placed(records[-1].end if records else 0, name, size, data))
+            records.append(placed(records[-1].end if records else 0, name, size, data))
         offsets = {refs[record.name]: record.start for record in records if record.name in refs}
         end = records[-1].end
-        size = end + len(_directory(records, [0] * len(records), end))
+        size = end + len(central_directory(records, [0] * len(records), end))
         return cls(size=size, offsets=offsets, records=tuple(records), refs=refs)
 
     def frame(self, crcs: Mapping[Ref, int]) -> Iterator[tuple[int, bytes]]:
@@ -122,17 +122,17 @@ class TorchLayout:
             yield record.header, record.local_header() + (record.data or b"")
             yield record.start + record.size, record.descriptor(crc)
         end = self.records[-1].end
-        yield end, _directory(self.records, all_crcs, end)
+        yield end, central_directory(self.records, all_crcs, end)
 
 
-def _placed(header: int, name: bytes, size: int, data: bytes | None) -> Record:
+def placed(header: int, name: bytes, size: int, data: bytes | None) -> Record:
     """A record whose data begins at the next multiple of 64 that leaves room for its header."""
     least = Record(name=name, header=header, start=0, size=size)
     unpadded = header + 30 + len(name) + len(least._zip64()) + 4
     return Record(name=name, header=header, start=-(-unpadded // ALIGNMENT) * ALIGNMENT, size=size, data=data)
 
 
-def _directory(records: Sequence[Record], crcs: Sequence[int], start: int) -> bytes:
+def central_directory(records: Sequence[Record], crcs: Sequence[int], start: int) -> bytes:
     """The central directory, which begins at `start`, and the records that end the file."""
     entries = b"".join(record.entry(crc) for record, crc in zip(records, crcs, strict=True))
     count, size, tail = len(records), len(entries), b""
@@ -146,52 +146,15 @@ def _directory(records: Sequence[Record], crcs: Sequence[int], start: int) -> by
 
 
 def _pickle(sections: Sequence[str], tensors: Mapping[Ref, Spec], numbers: Mapping[str, float]) -> bytes:
-    """Protocol 2, as torch.save writes it: each tensor is a call that refers to its storage by number.
-
-    Written by hand, because the standard pickler wants to import what it names.
-    """
+    """The content of ``data.pkl``: each tensor is a call that refers to its storage by number."""
     keys = {ref: str(key) for key, ref in enumerate(tensors)}
     out = [b"\x80\x02}("]
     for section in sections:
-        out += [_text(section), b"}("]
+        out += [pickling.text(section), b"}("]
         for ref, spec in tensors.items():
             if ref.section == section:
-                out += [_text(ref.name), _tensor(keys[ref], spec)]
+                out += [pickling.text(ref.name), pickling.tensor(keys[ref], spec)]
         out.append(b"u")
     for name, number in numbers.items():
-        out += [_text(name), struct.pack(">cd", b"G", number)]
+        out += [pickling.text(name), struct.pack(">cd", b"G", number)]
     return b"".join([*out, b"u."])
-
-
-def _tensor(key: str, spec: Spec) -> bytes:
-    untyped = spec.dtype in UNTYPED
-    storage = b"ctorch.storage\nUntypedStorage\n" if untyped else f"ctorch\n{STORAGES.get(spec.dtype)}\n".encode()
-    numel = 1
-    strides: list[int] = []
-    for size in reversed(spec.shape):
-        strides.insert(0, numel)
-        numel *= size or 1  # as torch counts the strides of empty tensors
-    count = spec.nbytes if untyped else (numel if all(spec.shape) else 0)
-    persistent = b"(" + _text("storage") + storage + _text(key) + _text("cpu") + _integer(count) + b"tQ"
-    dtype = f"ctorch\n{UNTYPED[spec.dtype]}\n".encode() if untyped else b""
-    function = f"ctorch._utils\n_rebuild_tensor_v{3 if untyped else 2}\n".encode()
-    hooks = b"ccollections\nOrderedDict\n)R"
-    return (
-        function + b"(" + persistent + b"K\0" + _tuple(spec.shape) + _tuple(strides) + b"\x89" + hooks + dtype + b"tR"
-    )
-
-
-def _tuple(numbers: Sequence[int]) -> bytes:
-    return b"(" + b"".join(map(_integer, numbers)) + b"t"
-
-
-def _text(text: str) -> bytes:
-    encoded = text.encode()
-    return b"X" + struct.pack("<I", len(encoded)) + encoded
-
-
-def _integer(number: int) -> bytes:
-    if number < 1 << 31:
-        return b"J" + struct.pack("<i", number)
-    data = number.to_bytes(9, "little")
-    return b"\x8a" + bytes([len(data)]) + data

@@ -33,25 +33,76 @@ class OptionalHfConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class UnusedHfConfig:
+    """Of no effect, as published; the option that replaces the language model is common_model_config.llm_hf_dir.
+
+    Args:
+        hf_dir: accepted, and not read.
+    """
+
+    hf_dir: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Structure:
+    """The structure of the Megatron side.
+
+    Args:
+        enable_canonical_hf_struct: query, key and value, and gate and up projection, stand apart (for adapters).
+    """
+
+    enable_canonical_hf_struct: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructureAndLanguageModel(Structure):
+    """The structure of the Megatron side, and where its language model comes from.
+
+    Args:
+        enable_canonical_hf_struct: query, key and value, and gate and up projection, stand apart (for adapters).
+        llm_hf_dir: folder whose language model takes the place of the model's own.
+    """
+
+    llm_hf_dir: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """A Megatron layout to write.
 
     Args:
         llm_pp_layers: language layers on each pipeline rank, [[12,16]] or [12,16]; one row for each virtual stage.
         vit_pp_layers: vision layers, in the same shape, 0 where a rank has none: [[32,0]]; none for a text model.
+        audio_pp_layers: audio layers, likewise; only for a model that hears.
         tp_size: tensor-parallel size; must divide num_key_value_heads.
+        ep_size: expert-parallel size; must divide the number of experts.
+        vit_tp_size: tensor-parallel size of the vision part, if it is smaller; 0 for tp_size.
+        audio_tp_size: the same for the audio part.
     """
 
     llm_pp_layers: LayerLists
     vit_pp_layers: LayerLists | None = None
+    audio_pp_layers: LayerLists | None = None
     tp_size: int = 1
+    ep_size: int = 1
+    vit_tp_size: int = 0
+    audio_tp_size: int = 0
 
-    def layout(self) -> Layout:
-        """The layout that these options describe."""
+    def layout(self, *, ldt: bool = False) -> Layout:
+        """The layout that these options describe.
+
+        Raises:
+            LayoutError: they describe none.
+        """
         return Layout(
             llm_pp_layers=self.llm_pp_layers,  # type: ignore[arg-type]  # Layout makes it nested
             vit_pp_layers=self.vit_pp_layers or (),  # type: ignore[arg-type]
+            audio_pp_layers=self.audio_pp_layers or (),  # type: ignore[arg-type]
             tp_size=self.tp_size,
+            ep_size=self.ep_size,
+            vit_tp_size=self.vit_tp_size,
+            audio_tp_size=self.audio_tp_size,
+            ldt=ldt,
         )
 
 
@@ -62,31 +113,49 @@ class GivenParallelConfig:
     Args:
         llm_pp_layers: language layers on each pipeline rank, [[12,16]] or [12,16]; one row for each virtual stage.
         vit_pp_layers: vision layers, in the same shape.
+        audio_pp_layers: audio layers, in the same shape.
         tp_size: tensor-parallel size.
+        ep_size: expert-parallel size.
     """
 
     llm_pp_layers: LayerLists | None = None
     vit_pp_layers: LayerLists | None = None
+    audio_pp_layers: LayerLists | None = None
     tp_size: int | None = None
+    ep_size: int | None = None
 
     def given(self) -> GivenLayout:
         """What is to be checked."""
-        return GivenLayout(llm_pp_layers=self.llm_pp_layers, vit_pp_layers=self.vit_pp_layers, tp_size=self.tp_size)
+        return GivenLayout(
+            llm_pp_layers=self.llm_pp_layers,
+            vit_pp_layers=self.vit_pp_layers,
+            audio_pp_layers=self.audio_pp_layers,
+            tp_size=self.tp_size,
+            ep_size=self.ep_size,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class HfToMm:
-    """Options of hf_to_mm.
+    """Options of hf_to_mm and hf_to_mm_ldt.
 
     Args:
         mm_dir: folder to write.
         hf_config: the Hugging Face side.
         parallel_config: the Megatron side.
+        common_model_config: the structure of the Megatron side, and its language model.
+        llm_hf_config: of no effect, as published.
+        save_vit_only: take the vision part alone.
+        trust_remote_code: accepted, and of no effect; no code of a model is ever run.
     """
 
     mm_dir: str
     hf_config: HfConfig
     parallel_config: ParallelConfig
+    common_model_config: StructureAndLanguageModel = field(default_factory=StructureAndLanguageModel)
+    llm_hf_config: UnusedHfConfig = field(default_factory=UnusedHfConfig)
+    save_vit_only: bool = False
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +167,16 @@ class MmToHf:
         mm_dir: folder to read; its layout is found on disk.
         hf_config: the Hugging Face side.
         parallel_config: the Megatron side, as a check against what is on disk.
+        common_model_config: the structure of the Megatron side, as a check.
+        trust_remote_code: accepted, and of no effect; no code of a model is ever run.
     """
 
     save_hf_dir: str
     mm_dir: str
     hf_config: HfConfig
     parallel_config: GivenParallelConfig = field(default_factory=GivenParallelConfig)
+    common_model_config: Structure = field(default_factory=Structure)
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

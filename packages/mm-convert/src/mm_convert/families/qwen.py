@@ -6,14 +6,14 @@ Names and shapes are those of the published checkpoints and of MindSpeed MM's tr
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from mm_convert.errors import ModelError
-from mm_convert.families.family import ModelSizes
+from mm_convert.families.family import ModelSizes, Spelling
 from mm_convert.families.table import Row, both, table
-from mm_convert.rules import Copy, Gated, GroupedQKV, Rule, Split, StackedQKV
+from mm_convert.rules import Copy, Gated, GroupedQKV, Rule, Split, Stacked, StackedQKV, Transposed
 
 LAYERS = "text_decoder.decoder.layers.{j}."
 FINAL_NORM = "text_decoder.decoder.final_layernorm.weight"
@@ -27,6 +27,17 @@ NEW_NAMES = (
     (re.compile(r"^model\.language_model\."), "model."),
 )
 """The names that transformers >= 4.52 holds in memory, turned into those of the published files."""
+
+OLD_AND_NEW = {
+    "old": Spelling(),
+    "new": Spelling(
+        renames=(
+            (re.compile(r"^model\."), "model.language_model."),
+            (re.compile(r"^visual\."), "model.visual."),
+        )
+    ),
+}
+"""The published names, and those that transformers >= 4.52 holds in memory."""
 
 QKV_BIAS = ("self_attn.{q,k,v}_proj.bias", "self_attention.linear_qkv.bias")
 QK_NORM: list[Row] = [
@@ -74,7 +85,60 @@ def vision_language_sizes(config: Mapping[str, Any]) -> ModelSizes:
         raise ModelError(f"config.json has no {error.args[0]!r}") from error
 
 
-def language(sizes: ModelSizes, pp_size: int, *, prefix: str = "model.", qkv_bias: bool, qk_norm: bool) -> list[Rule]:
+def expert_sizes(config: Mapping[str, Any], sizes: ModelSizes) -> ModelSizes:
+    """The sizes of a model of which every language layer has experts.
+
+    Raises:
+        ModelError: a number is missing, or some layers are dense.
+    """
+    text = {**config, **(config.get("text_config") or {})}
+    if text.get("mlp_only_layers") or text.get("decoder_sparse_step", 1) != 1:
+        raise ModelError(
+            f"config.json has mlp_only_layers {text.get('mlp_only_layers')} and decoder_sparse_step"
+            f" {text.get('decoder_sparse_step')}: only models whose layers all have experts can be converted"
+        )
+    try:
+        matrix = (text["hidden_size"], text["moe_intermediate_size"])
+        active = text.get("num_experts_per_tok", 1)
+        # transformers 5 writes it under another name.
+        experts = text.get("num_local_experts") or text["num_experts"]
+        return replace(sizes, experts=experts, experts_per_token=active, expert_matrix=matrix)
+    except KeyError as error:
+        raise ModelError(f"config.json has no {error.args[0]!r}") from error
+
+
+DENSE_MLP: list[Row] = [
+    ("mlp.{gate,up}_proj.weight", "mlp.linear_fc1.weight", Gated()),
+    ("mlp.down_proj.weight", "mlp.linear_fc2.weight", Split(1)),
+]
+ROUTER: Row = ("mlp.gate.weight", "mlp.router.weight", Copy())
+SEPARATE_EXPERTS: list[Row] = [
+    ROUTER,
+    ("mlp.experts.{x}.{gate,up}_proj.weight", "mlp.experts.local_experts.{y}.linear_fc1.weight", Gated()),
+    ("mlp.experts.{x}.down_proj.weight", "mlp.experts.local_experts.{y}.linear_fc2.weight", Split(1)),
+]
+
+
+def stacked_experts(sizes: ModelSizes) -> list[Row]:
+    """Experts one over another, ``[experts, in, out]`` in the published files, ``[experts, out, in]`` in memory."""
+    hidden, inner = sizes.expert_matrix
+    experts = "mlp.experts.local_experts.{y}."
+    return [
+        ROUTER,
+        ("mlp.experts.gate_up_proj[{x}]", experts + "linear_fc1.weight", Transposed(Stacked(2), inputs=hidden)),
+        ("mlp.experts.down_proj[{x}]", experts + "linear_fc2.weight", Transposed(Split(1), inputs=inner)),
+    ]
+
+
+def language(
+    sizes: ModelSizes,
+    pp_size: int,
+    *,
+    prefix: str = "model.",
+    qkv_bias: bool,
+    qk_norm: bool,
+    mlp: Sequence[Row] = DENSE_MLP,
+) -> list[Rule]:
     """The language model.
 
     Args:
@@ -83,6 +147,7 @@ def language(sizes: ModelSizes, pp_size: int, *, prefix: str = "model.", qkv_bia
         prefix: what the Hugging Face names begin with.
         qkv_bias: query, key and value have biases (Qwen2, Qwen2.5).
         qk_norm: query and key are normed (Qwen3).
+        mlp: rows of a layer's feed-forward part.
     """
     qkv = GroupedQKV(sizes.key_value_heads)
     layer: list[Row] = [
@@ -92,8 +157,7 @@ def language(sizes: ModelSizes, pp_size: int, *, prefix: str = "model.", qkv_bia
         *([(*QKV_BIAS, qkv)] if qkv_bias else []),
         *(QK_NORM if qk_norm else []),
         ("self_attn.o_proj.weight", "self_attention.linear_proj.weight", Split(1)),
-        ("mlp.{gate,up}_proj.weight", "mlp.linear_fc1.weight", Gated()),
-        ("mlp.down_proj.weight", "mlp.linear_fc2.weight", Split(1)),
+        *mlp,
     ]
     return [
         *table("llm", layer, hf=prefix + "layers.{i}.", mm=LAYERS),

@@ -7,7 +7,15 @@ memory (``model.visual.*``, ``model.language_model.*``).
 from __future__ import annotations
 
 from mm_convert.families.family import Family, ModelSizes
-from mm_convert.families.qwen import NEW_NAMES, PATCHES, language, vision, vision_language_sizes, vision_qkv
+from mm_convert.families.qwen import (
+    NEW_NAMES,
+    OLD_AND_NEW,
+    PATCHES,
+    language,
+    vision,
+    vision_language_sizes,
+    vision_qkv,
+)
 from mm_convert.families.table import column, copied, row
 from mm_convert.rules import Rule
 
@@ -34,4 +42,5 @@ QWEN2_VL = Family(
     sizes=vision_language_sizes,
     rules=_rules,
     renames=NEW_NAMES,
+    spellings=OLD_AND_NEW,
 )

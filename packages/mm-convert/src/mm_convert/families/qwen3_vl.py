@@ -1,4 +1,6 @@
-"""Qwen3-VL, dense: 2B, 4B, 8B and 32B. The size of a head is a number of its own, not hidden size over heads.
+"""Qwen3-VL: dense 2B, 4B, 8B and 32B, with experts 30B-A3B and 235B-A22B.
+
+The size of a head is a number of its own, not hidden size over heads.
 
 The outputs of some vision layers (`deepstack_visual_indexes`) also go to the language model, each through a
 merger of its own: merger k stands beside its layer, and moves with it over the pipeline.
@@ -9,10 +11,22 @@ transformers' memory.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from itertools import chain
+from typing import Any
 
-from mm_convert.families.family import Family, ModelSizes
-from mm_convert.families.qwen import BLOCKS, language, vision, vision_language_sizes, vision_qkv
+from mm_convert.families.family import Family, ModelSizes, Spelling
+from mm_convert.families.qwen import (
+    BLOCKS,
+    DENSE_MLP,
+    expert_sizes,
+    language,
+    stacked_experts,
+    vision,
+    vision_language_sizes,
+    vision_qkv,
+)
 from mm_convert.families.table import Row, column, copied, row, table
 from mm_convert.rules import Copy, Rule
 
@@ -44,8 +58,39 @@ def _rules(sizes: ModelSizes, pp_size: int) -> tuple[Rule, ...]:
     return (
         *vision(patches, block, MERGER, prefix=HF),
         *chain.from_iterable(deepstack),
-        *language(sizes, pp_size, prefix="model.language_model.", qkv_bias=False, qk_norm=True),
+        *language(
+            sizes,
+            pp_size,
+            prefix="model.language_model.",
+            qkv_bias=False,
+            qk_norm=True,
+            mlp=stacked_experts(sizes) if sizes.experts else DENSE_MLP,
+        ),
     )
 
 
-QWEN3_VL = Family(model_types=("qwen3_vl",), sizes=vision_language_sizes, rules=_rules)
+def _sizes(config: Mapping[str, Any]) -> ModelSizes:
+    sizes = vision_language_sizes(config)
+    return expert_sizes(config, sizes) if config.get("model_type") == "qwen3_vl_moe" else sizes
+
+
+QWEN3_VL = Family(
+    model_types=("qwen3_vl", "qwen3_vl_moe"),
+    sizes=_sizes,
+    rules=_rules,
+    # A text model that takes the language model's place, and a folder whose names were turned into old ones.
+    renames=(
+        (re.compile(r"^model\.(?!visual\.|language_model\.)"), "model.language_model."),
+        (re.compile(r"^visual\."), "model.visual."),
+    ),
+    spellings={
+        "new": Spelling(),
+        "old": Spelling(
+            renames=(
+                (re.compile(r"^model\.visual\."), "visual."),
+                (re.compile(r"^model\.language_model\."), "model."),
+            )
+        ),
+    },
+    stacked=(re.compile(r"\.mlp\.experts\.(?:gate_up|down)_proj$"),),
+)
