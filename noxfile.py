@@ -111,6 +111,15 @@ def envcheck_fuzz(session: nox.Session) -> None:
     session.run(python, "-m", "pytest", tests, external=True, env={**ONE_THREAD, "ENVCHECK_FUZZ_ROUNDS": "10000"})
 
 
+@nox.session(name="datafmt-fuzz", venv_backend="none")
+def datafmt_fuzz(session: nox.Session) -> None:
+    """20,000 mutated records through mm-datafmt, 27 killed conversions gone on with; minutes, not in CI."""
+    python = str(_everything(session).python)
+    tests = [str(PACKAGES["mm-datafmt"].tests / f"test_{name}.py") for name in ("fuzz", "killed")]
+    numbers = {"DATAFMT_FUZZ_RECORDS": "20000", "DATAFMT_KILLS": "27"}
+    session.run(python, "-m", "pytest", *tests, external=True, env={**ONE_THREAD, **numbers})
+
+
 @nox.session(venv_backend="none")
 def wheels(session: nox.Session) -> None:
     """Build every distribution, its wheel also from its sdist; twine check --strict; look at the contents."""

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from house.tiny_models import MROPE, QWEN2_5_VISION, TEXT, TOKENS
-from mm_convert.lora.conversion import AdapterConverter, AdapterOptions
-from mm_convert.lora.merge import Merger
 from mm_convert.convert import Converter
 from mm_convert.families import family
 from mm_convert.layout import Layout
+from mm_convert.lora.conversion import AdapterConverter, AdapterOptions
+from mm_convert.lora.merge import Merger
 
 # PEFT 0.21 asks transformers 5 by a name that transformers will drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mm_convert import Conversion, Converter, Layout, execute  # noqa: F401
+from mm_convert import Conversion, Converter, Layout, execution  # noqa: F401
 from mm_convert.output import scratch_of
 
 QWEN = Converter.named("Qwen2_5_VLConverter")

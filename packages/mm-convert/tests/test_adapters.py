@@ -17,6 +17,7 @@ from tiny_checkpoint import MakeModel, Tensors, tensors
 from torch import Tensor
 
 from mm_convert import CheckpointError, Converter, Layout, LayoutError, ModelError
+from mm_convert.cli import main
 from mm_convert.commands.adapters import AdapterConfig, AdapterStructure, LoraHfToMm, LoraMmToHf, MergeLoraToBase
 from mm_convert.commands.options import GivenParallelConfig, OptionalHfConfig, ParallelConfig
 from mm_convert.families import family
@@ -332,6 +333,20 @@ def test_options_of_the_commands(make_model: MakeModel, tmp_path: Path) -> None:
     )
     with pytest.raises(ModelError, match="canonical structure only"):
         fused.prepare(converter, NO_OPTIONS)
+
+
+def test_published_lines(make_model: MakeModel, tmp_path: Path) -> None:
+    """Rank and alpha stand beside --cfg; options of no effect are understood."""
+    peft = save_adapter(tmp_path / "peft", adapter(LANGUAGE))
+    line = ["lora_hf_to_mm", "--cfg.mm_dir", str(tmp_path / "mm"), "--cfg.hf_config.hf_dir", str(peft)]
+    line += ["--cfg.parallel_config.llm_pp_layers", "[[2,3]]", "--cfg.parallel_config.vit_pp_layers", "[[3,0]]"]
+    line += ["--cfg.common_model_config.enable_canonical_hf_struct", "true", "--cfg.save_vit_only", "false"]
+    line += ["--cfg.common_model_config.model_prefix", "base_model.model.", "--cfg.llm_hf_config.hf_dir", "null"]
+    assert main(["Qwen2_5_VLConverter", *line]) == 0
+    line = ["merge_lora_to_base", "--cfg.source_path", str(make_model()), "--cfg.lora_path", str(peft)]
+    line += ["--lora_alpha", "3", "--use_npu=true"]
+    assert main(["Qwen2_5_VLConverter", *line, "--cfg.target_path", str(tmp_path / "a"), "--lora_rank", "2"]) == 0
+    assert main(["Qwen2_5_VLConverter", *line, "--cfg.target_path", str(tmp_path / "b"), "--lora_rank=8"]) == 2
 
 
 def test_wan_adapters_under_the_original_names(tmp_path: Path) -> None:

@@ -188,6 +188,20 @@ def test_lists_that_disagree_with_the_disk(
     )
 
 
+def test_a_checkpoint_of_other_layers_is_named(
+    make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hf, mm, back = make_model(), tmp_path / "mm", tmp_path / "back"
+    assert main(hf_to_mm(hf, mm)) == 0
+    config = json.loads((hf / "config.json").read_text()) | {"num_hidden_layers": 6}
+    (hf / "config.json").write_text(json.dumps(config))
+    refused(mm_to_hf(mm, hf, back), back, capsys, "holds 5 llm, 3 vit layers", "the model has 6 llm, 3 vit")
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(hf_to_mm(tmp_path / "no", tmp_path / "mm"), tmp_path / "mm", capsys, f"{tmp_path / 'no'} does not exist")
+
+
 def test_an_existing_folder_is_kept_unless_told(
     make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -210,8 +224,10 @@ def test_overwrite_replaces_checkpoints_only_and_never_a_source(
     (mine / "letter.txt").write_text("kept")
     refused(hf_to_mm(hf, mine, "[[2,3]]", "[[3,0]]", 1, "--overwrite"), mine, capsys, "is no checkpoint")
     refused(hf_to_mm(hf, hf, "[[2,3]]", "[[3,0]]", 1, "--overwrite"), hf, capsys, "which is read, stands in it")
+    (mine / "config.json").write_text("{}")  # a project's, not a model's
+    refused(hf_to_mm(hf, mine, "[[2,3]]", "[[3,0]]", 1, "--overwrite"), mine, capsys, "is no checkpoint")
     hf.rename(mine / "hf")
-    (mine / "config.json").write_text("{}")
+    (mine / "model.safetensors").touch()
     refused(hf_to_mm(mine / "hf", mine, "[[2,3]]", "[[3,0]]", 1, "--overwrite"), mine, capsys, "stands in it")
     assert (mine / "letter.txt").read_text() == "kept"
 

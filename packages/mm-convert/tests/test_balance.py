@@ -12,6 +12,8 @@ import published_models
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from in_memory_plans import recorded
+from recorded_models import Recorded
 from test_bad_input import refused
 from tiny_checkpoint import MakeModel
 
@@ -99,6 +101,13 @@ def test_what_cannot_be(make_model: MakeModel, tmp_path: Path, capsys: pytest.Ca
     config = json.loads((hf / "config.json").read_text()) | {"model_type": "something"}
     (hf / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=r"'something'; known: .*qwen2_5_vl"):
+        propose(hf, pp_size=2)
+
+
+def test_blocks_that_are_all_alike_are_not_weighed(tmp_path: Path) -> None:
+    wan = recorded("wan_t2v")
+    hf = Recorded(wan["config"], wan["saved"], wan["saved"]).write(tmp_path / "hf")
+    with pytest.raises(ModelError, match="generative model, whose blocks are alike"):
         propose(hf, pp_size=2)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from recorded_models import Recorded
 from safetensors.torch import load_file
 from tiny_checkpoint import MakeModel, Tensors, tensors
 from torch import Tensor
 
-from mm_convert import Converter, Layout
+from mm_convert import Converter, Layout, LayoutError, ModelError, verify
+from mm_convert.distributed.torch_dist import prepare_mm_to_torch_dist
 from mm_convert.families.canonical import is_canonical
 
 CANONICAL = Converter.named("Qwen2_5_VLConverter", canonical=True)
@@ -115,3 +118,30 @@ def test_resplit_keeps_the_structure(make_model: MakeModel, tmp_path: Path) -> N
 )
 def test_structure_is_told_by_names(name: str, expected: bool) -> None:
     assert is_canonical(["text_decoder.decoder.final_layernorm.weight", name]) is expected
+
+
+def test_the_same_model_fused_and_apart_is_compared_only_where_heads_are_known(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    """A fused matrix is dealt out by heads, and one that stands apart by rows: without the heads, bytes say nothing."""
+    layout = LAYOUTS["tp2 pp2"]
+    hf = make_model()
+    for name, converter in (("apart", CANONICAL), ("fused", FUSED)):
+        converter.hf_to_mm(hf, tmp_path / name, layout)
+        assert verify(hf, tmp_path / name).same
+    for pair in (("apart", "fused"), ("fused", "apart")):
+        with pytest.raises(ModelError, match="compare both with its Hugging Face folder"):
+            verify(*(tmp_path / name for name in pair))
+    # Qwen3 has norms over one head, which tell.
+    hf = Recorded.named("qwen3").write(tmp_path / "qwen3")
+    qwen3 = Converter.named("Qwen3Converter")
+    qwen3.hf_to_mm(hf, tmp_path / "fused3", Layout(llm_pp_layers=((2, 3),)))
+    replace(qwen3, canonical=True).hf_to_mm(hf, tmp_path / "apart3", Layout(llm_pp_layers=((5,),), tp_size=2))
+    assert verify(tmp_path / "fused3", tmp_path / "apart3").same
+
+
+def test_megatron_core_has_no_model_of_this_structure(make_model: MakeModel, tmp_path: Path) -> None:
+    hf = make_model()
+    CANONICAL.hf_to_mm(hf, tmp_path / "mm", LAYOUTS["tp2 pp2"])
+    with pytest.raises(LayoutError, match="mm_to_hf and hf_to_torch_dist"):
+        prepare_mm_to_torch_dist(CANONICAL, tmp_path / "mm", tmp_path / "dist", hf_dir=hf)

@@ -73,6 +73,10 @@ OURS_OF = {"hf_to_mm": ["allow-unused"], "mm_to_hf": ["allow-unused", "hf_naming
     [
         ([], "COMMAND"),
         (["Qwen"], "Qwen2_5_VLConverter"),
+        (["inspct", "a"], "did you mean inspect?"),
+        (["Qwen25VLConverter", "hf_to_mm"], "did you mean Qwen2"),
+        (["Qwen2_5_VLConverter", "mm2hf"], "did you mean mm_to_hf?"),
+        (["Qwen2_5_VLConverter", "resplit", "--cfg.source_dri", "a"], "did you mean --cfg.source_dir?"),
         (["plan"], "COMMAND"),
         (["plan", "inspect"], "Qwen2_5_VLConverter"),
         (["Qwen2_5_VLConverter", "hf2mm"], "resplit"),
@@ -103,6 +107,52 @@ def test_options_from_a_file_and_from_the_environment(
     monkeypatch.setenv(name.replace("TP_SIZE", "VIT_PP_LAYERS"), "[[3]]")
     assert main(["Qwen2_5_VLConverter", "hf_to_mm"]) == 0
     assert MegatronFolder.open(tmp_path / "env").layout.tp_size == 2
+
+
+def test_an_option_of_a_file_that_there_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "options.yaml").write_text('{"cfg": {"mm_dir": "a", "hf_config": {"hf_dri": "b"}}}')
+    words = ["Qwen2_5_VLConverter", "hf_to_mm", "--config", str(tmp_path / "options.yaml")]
+    assert "did you mean --cfg.hf_config.hf_dir?" in said(words, 2, capsys)
+
+
+def test_every_published_key_is_understood(make_model: MakeModel, tmp_path: Path) -> None:
+    """What the published tool's --print_config writes may come back as --config, with its defaults."""
+    numbers = dict.fromkeys(("num_key_value_heads", "llm_num_layers", "vit_num_layers", "audio_num_layers"))
+    structure = {
+        "enable_canonical_hf_struct": False, "new_transformers_weight_key": False, "model_prefix": None,
+        "llm_hf_dir": None, "num_experts": 0, "tie_word_embeddings": False, **numbers,
+    }  # fmt: skip
+    parallel = {
+        "llm_pp_layers": [[2, 3]], "vit_pp_layers": [[3, 0]], "audio_pp_layers": None,
+        "tp_size": 2, "vit_tp_size": 0, "audio_tp_size": 0, "ep_size": 1,
+    }  # fmt: skip
+    both = {
+        "mm_dir": str(tmp_path / "mm"), "hf_config": {"hf_dir": str(make_model())}, "llm_hf_config": {"hf_dir": None},
+        "parallel_config": parallel, "common_model_config": structure, "trust_remote_code": False,
+    }  # fmt: skip
+    for command, cfg in (
+        ("hf_to_mm", both | {"save_vit_only": False}),
+        ("mm_to_hf", both | {"save_hf_dir": str(tmp_path / "back")}),
+    ):
+        (tmp_path / "options.yaml").write_text(json.dumps({"cfg": cfg}))
+        assert main(["Qwen2_5_VLConverter", command, "--config", str(tmp_path / "options.yaml")]) == 0
+    sides = {f"{side}_parallel_config": parallel for side in ("source", "target")}
+    cfg = {"source_dir": str(tmp_path / "mm"), "target_dir": str(tmp_path / "mm2"), **sides}
+    (tmp_path / "options.yaml").write_text(json.dumps({"cfg": cfg}))
+    assert main(["Qwen2_5_VLConverter", "resplit", "--config", str(tmp_path / "options.yaml")]) == 0
+
+
+def test_a_vision_part_that_is_cut_otherwise_than_given(
+    make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hf = make_model()
+    line = hf_to_mm(hf, tmp_path / "mm", "[[2,3]]", "[[3,0]]", 2, "--cfg.parallel_config.vit_tp_size", "1")
+    assert main(line) == 0
+    back = ["--cfg.mm_dir", str(tmp_path / "mm"), "--cfg.hf_config.hf_dir", str(hf)]
+    for size, code in ((2, 2), (0, 2), (1, 0)):
+        given = ["--cfg.save_hf_dir", str(tmp_path / "back"), "--cfg.parallel_config.vit_tp_size", str(size)]
+        assert main(["Qwen2_5_VLConverter", "mm_to_hf", *back, *given]) == code
+    assert capsys.readouterr().err.count("vit_tp_size 1") == 2, "what is on disk is said"
 
 
 def test_a_text_model_needs_no_vision_list_and_a_vision_model_does(

@@ -29,8 +29,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.state_dict_loader import load as load_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
 
-from mm_convert.commands.distributed import COMMANDS, HfToDcp, hf_to_dcp, with_cfg
+from mm_convert.commands.distributed import COMMANDS, HfToDcp, hf_to_dcp
 from mm_convert.commands.options import HfConfig, ParallelConfig
+from mm_convert.commands.spelling import with_cfg
 from mm_convert.convert import Converter
 from mm_convert.distributed.dcp import prepare_dcp_to_hf, prepare_hf_to_dcp
 from mm_convert.distributed.folder import DistributedFolder

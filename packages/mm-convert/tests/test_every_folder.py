@@ -89,6 +89,7 @@ def test_a_single_file_of_an_original_release(tmp_path: Path, capsys: pytest.Cap
     line = ["--cfg.source_path", str(file), "--cfg.target_path", str(tmp_path / "mm")]
     line += ["--cfg.target_parallel_config.tp_size", "2"]
     assert main(["HunyuanVideoConverter", "--version", "t2v", "source_to_mm", *line]) == 0
+    assert f"tensors of {file} (original release)" in capsys.readouterr().out
     hf = folder("hunyuan_video", tmp_path / "hf")
     Converter.named("HunyuanVideoConverter").hf_to_mm(hf, tmp_path / "expected", None, tp_size=2)
     names = [sorted(read(tmp_path / made, t)) for made in ("mm", "expected") for t in (0, 1)]

@@ -24,10 +24,10 @@ from mm_convert.cli import main
 from mm_convert.copying import CHUNK, jobs
 from mm_convert.dry_run import forecast
 from mm_convert.errors import OutputExistsError, OutputSpaceError, RamCapError
-from mm_convert.execute import Target, execute
+from mm_convert.execution import Target, execute
 from mm_convert.memory import buffers, parse_size
 from mm_convert.output import new_folder, scratch_of
-from mm_convert.plan import Ref, Segment, Spec
+from mm_convert.plans import Ref, Segment, Spec
 from mm_convert.safetensors_file import SafetensorsLayout, read_safetensors
 
 WHOLE = Layout(llm_pp_layers=((5,),), vit_pp_layers=((3,),))

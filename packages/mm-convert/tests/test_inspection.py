@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shutil import rmtree
 
 import pytest
 import torch
+from in_memory_plans import recorded
+from lora_folders import LANGUAGE, adapter, save_adapter
+from recorded_models import Recorded
 from safetensors.torch import save_file
 from test_bad_input import hf_to_mm
 from test_streaming import child
@@ -108,8 +112,7 @@ def touch(folder: Path, name: str) -> None:
         ("notes.txt", "neither config.json nor latest_checkpointed_iteration.txt"),
         ("config.json", "no *.safetensors"),
         ("model_index.json", "a diffusers pipeline"),
-        ("adapter_config.json", "a PEFT adapter"),
-        ("release/.metadata", "a torch distributed checkpoint"),
+        ("adapter_config.json", "a PEFT adapter; lora_hf_to_mm and merge_lora_to_base read it"),
         ("release/mp_rank_00/model_optim_rng.pt", "no latest_checkpointed_iteration.txt: an interrupted run?"),
     ],
 )
@@ -117,6 +120,62 @@ def test_other_folders_are_named(name: str, words: str, tmp_path: Path, capsys: 
     touch(tmp_path, name)
     assert main(["inspect", str(tmp_path)]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "kind"), [("hf_to_dcp", "dcp"), ("hf_to_torch_dist", "torch_dist")])
+def test_distributed_checkpoints(
+    command: str, kind: str, make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hf, target = str(make_model()), str(tmp_path / "out")
+    dcp = ["--hf_dir", hf, "--dcp_dir", target]
+    line = dcp if kind == "dcp" else ["--cfg.hf_config.hf_dir", hf, "--cfg.dist_dir", target]
+    assert main(["Qwen2_5_VLConverter", command, *line]) == 0
+    for path in (tmp_path / "out", tmp_path / "out" / "release"):
+        found = inspect(path)
+        assert (found.kind, found.iteration, found.tied, list(found.dtypes)) == (kind, "release", None, ["F32"])
+        assert found.nbytes == sum(t.nbytes for t in tensors().values())
+    assert main(["inspect", target]) == 0
+    assert "distributed checkpoint" in capsys.readouterr().out
+    for both in ([target, hf], [hf, target]):
+        assert main(["verify", *both]) == 2
+        assert "is a distributed checkpoint; verify and diff compare" in capsys.readouterr().err
+
+
+def test_an_adapter_beside_its_models_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_adapter(tmp_path / "adapter", adapter(LANGUAGE))
+    assert (folder / "config.json").is_file()
+    for command in (["inspect"], ["auto", "--pp", "2"], ["verify", str(folder)]):
+        assert main([*command, str(folder)]) == 2
+        assert "is a PEFT adapter, without the weights of its model" in capsys.readouterr().err
+
+
+def test_a_model_without_words_has_no_output_layer_to_tie(tmp_path: Path) -> None:
+    wan = recorded("wan_t2v")
+    hf = Recorded(wan["config"], wan["saved"], wan["saved"]).write(tmp_path / "hf")
+    Converter.named("WanConverter").hf_to_mm(hf, tmp_path / "mm", None)
+    for path in (hf, tmp_path / "mm"):
+        found = inspect(path)
+        assert (found.converters, found.tied) == (("WanConverter",), None)
+        assert "no embedding of words" in found.tied_reason
+    assert inspect(hf).model_type == wan["config"]["_class_name"]
+
+
+def test_ranks_of_experts_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hf = Recorded.named("qwen3_moe").write(tmp_path / "hf")
+    Converter.named("Qwen3Converter").hf_to_mm(hf, tmp_path / "mm", Layout(llm_pp_layers=((5,),), ep_size=2))
+    assert main(["inspect", str(tmp_path / "mm")]) == 0
+    assert "tp 1, pp 1, vpp 1, ep 2" in capsys.readouterr().out
+
+
+def test_a_pipeline_rank_alone(make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A single pipeline rank's folder has no number of a pipeline rank in its name."""
+    hf = make_model()
+    QWEN.hf_to_mm(hf, tmp_path / "mm", Layout(llm_pp_layers=((2, 3),), vit_pp_layers=((3, 0),)))
+    rmtree(tmp_path / "mm" / "release" / "mp_rank_00_001")
+    for command in (["inspect"], ["verify", str(hf)], ["diff", str(hf)]):
+        assert main([*command, str(tmp_path / "mm")]) == 2
+        err = capsys.readouterr().err
+        assert "is incomplete: mp_rank_00_000 is the name of one of several" in err
 
 
 def test_paths_that_are_no_checkpoint_folder(

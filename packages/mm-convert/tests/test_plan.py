@@ -3,7 +3,7 @@
 import pytest
 
 from mm_convert.errors import TotalityError
-from mm_convert.plan import Plan, Ref, Segment, Spec
+from mm_convert.plans import Plan, Ref, Segment, Spec
 
 A, B = Ref("a", "", "a"), Ref("b", "", "b")
 SPEC = {A: Spec("F32", (4, 2))}, {B: Spec("F32", (4, 2))}

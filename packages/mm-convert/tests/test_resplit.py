@@ -18,7 +18,7 @@ from tiny_checkpoint import LLM_LAYERS, VIT_LAYERS, MakeModel, save_model, tenso
 
 from mm_convert import CheckpointError, Converter, Layout, LayoutError, MegatronFolder, TotalityError
 from mm_convert.cli import main
-from mm_convert.plan import Plan, Ref, Segment, Spec
+from mm_convert.plans import Plan, Ref, Segment, Spec
 from mm_convert.resplit import compose
 
 QWEN = Converter.named("Qwen2_5_VLConverter")

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from test_torch_file import SHAPES, random_tensor, raw
 
 from mm_convert import CheckpointError
-from mm_convert.plan import Ref, Spec
+from mm_convert.plans import Ref, Spec
 from mm_convert.restricted_pickle import DTYPES
 from mm_convert.safetensors_file import SafetensorsLayout, read_safetensors
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recorded_models import Recorded
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import MakeModel, Tensors, new_names, save_model, tensors
 
@@ -175,6 +176,20 @@ def test_commands_words_and_exit_codes(
         assert sum(d["elements"] for d in told["differences"]) == tensors()[Q].numel()
         assert main([command, str(made / "two"), str(tmp_path / "no")]) == 2
         assert "does not exist" in capsys.readouterr().err
+
+
+def test_a_model_with_other_layers_is_not_comparable(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is said of lists that nobody typed."""
+    hf = Recorded.named("qwen3_vl").write(tmp_path / "hf")
+    other = Layout(llm_pp_layers=((2, 3),), vit_pp_layers=((4, 0),))
+    Converter.named("Qwen3VLMegatronConverter").hf_to_mm(hf, tmp_path / "mm", other)
+    for both in ([tmp_path / "mm", made / "hf"], [made / "two", hf], [made / "two", tmp_path / "mm"]):
+        assert main(["verify", *map(str, both)]) == 2
+        err = capsys.readouterr().err
+        assert "but the model has 5 llm," in err
+        assert "another model's, a part of one, or lacks the folder of a pipeline rank" in err
 
 
 def test_unknown_models_compare_by_name(tmp_path: Path, made: Path, capsys: pytest.CaptureFixture[str]) -> None:

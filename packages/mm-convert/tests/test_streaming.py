@@ -27,10 +27,10 @@ from safetensors.torch import load_file, save_file
 from test_bad_input import hf_to_mm, mm_to_hf
 from tiny_checkpoint import MakeModel, config, tensors
 
-from mm_convert import CheckpointError, Converter, ConvertError, Layout, OutputExistsError, Plan, copying, execute
+from mm_convert import CheckpointError, Converter, ConvertError, Layout, OutputExistsError, Plan, copying, execution
 from mm_convert.cli import main
 from mm_convert.output import new_folder, scratch_of
-from mm_convert.plan import Ref, Segment, Spec
+from mm_convert.plans import Ref, Segment, Spec
 from mm_convert.safetensors_file import SafetensorsLayout, read_safetensors
 from mm_convert.stored import StoredFile
 
@@ -175,13 +175,13 @@ def test_cuts_along_any_dimension(shape: tuple[int, ...], dim: int, tmp_path: Pa
         {ref: Spec("U8", cut) for ref in refs},
         [Segment(source, start, ref, 0, half, dim) for ref, start in zip(refs, (half, 0), strict=True)],
     )
-    target = execute.Target(
+    target = execution.Target(
         directory=tmp_path / "out",
         layouts={ref.file: SafetensorsLayout.of({ref: plan.targets[ref]}) for ref in refs},
         others={},
         options={},
     )
-    execute.execute(plan, {"x": read_safetensors(tmp_path / "x")}, target)
+    execution.execute(plan, {"x": read_safetensors(tmp_path / "x")}, target)
     for file, start in (("a", half), ("b", 0)):
         assert torch.equal(load_file(tmp_path / "out" / file)["h"], whole.narrow(dim, start, half))
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mm_convert import CheckpointError
-from mm_convert.plan import Ref, Spec
+from mm_convert.plans import Ref, Spec
 from mm_convert.restricted_pickle import DTYPES
 from mm_convert.torch_file import read_torch_file
 from mm_convert.torch_layout import TorchLayout

@@ -1,12 +1,15 @@
 """A tiny world: a folder of real images, and functions that write data sets beside it."""
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 WriteFile = Callable[..., Path]
 

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,15 +26,16 @@ def run(*arguments: object) -> int:
 
 
 def test_convert_then_check(images: Path, write_array: WriteFile, capsys: pytest.CaptureFixture[str]) -> None:
-    source, target = write_array([GOOD] * 3), images.parent / "train.json"
+    records = [{**GOOD, "conversations": [{**TURNS[0], "value": f"<image>\nWhat is {n}?"}, TURNS[1]]} for n in range(3)]
+    source, target = write_array(records), images.parent / "train.json"
     assert run("convert", source, target, "--image_dir", images, "--dataset_dir", images.parent) == 0
     out, err = capsys.readouterr()
     assert out == ""
     assert f"{source}: format llava (detected)" in err
-    assert "3 records, no problems; wrote" in err
+    assert "3 records, no problems\n  field 'id' of 3 records has no place in messages; wrote 3 to" in err
     assert run("check", target) == 0
     out, err = capsys.readouterr()
-    assert out == f"'{target}' (messages): 3 records, no problems\n"
+    assert out.startswith(f"'{target}' (messages): 3 records, no problems\n")
     assert "format messages (detected)" in err
 
 
@@ -40,29 +43,40 @@ def test_check_lists_problems(images: Path, write_array: WriteFile, capsys: pyte
     source = write_array([GOOD, {**GOOD, "image": "no.png"}])
     assert run("check", source, "--dataset_dir", images, "--from", "llava") == 1
     out, err = capsys.readouterr()
-    assert "2 records, 1 problem in 1 record\n  record 2: 'no.png' is missing: no file" in out
+    assert "2 records, 1 problem in 1 record\n  record 2 (line 1): 'no.png' is missing: no file" in out
     assert "format llava (given by --from)" in err
 
 
 def test_check_as_json(images: Path, write_lines: WriteFile, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_lines([GOOD, {**GOOD, "conversations": TURNS[:1]}])
     assert run("check", source, "--dataset_dir", images, "--json") == 1
-    assert json.loads(capsys.readouterr().out) == {
+    found = json.loads(capsys.readouterr().out)
+    expected = {
         "source": str(source),
         "format": "llava",
         "records": 2,
         "bad_records": 1,
         "problem_count": 1,
         "counts": {"no_answer": 1},
+        "repaired": 0,
+        "written": 0,
+        "validation": 0,
+        "target_format": "",
+        "lost": {},
         "problems": [
             {
                 "record": 2,
                 "line": 2,
                 "code": "no_answer",
                 "message": "no turn is by the assistant: nothing to learn",
+                "offset": len(json.dumps(GOOD)) + 1,
+                "source": "",
+                "repaired": False,
             }
         ],
     }
+    assert {name: found[name] for name in expected} == expected
+    assert found["lengths"]["image_tokens"] == 4  # a small picture is one square of four patches: 2 x 2 tokens
 
 
 def test_a_refused_conversion(images: Path, write_array: WriteFile, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,7 +86,7 @@ def test_a_refused_conversion(images: Path, write_array: WriteFile, capsys: pyte
     out, err = capsys.readouterr()
     assert out == ""
     assert "error: " in err
-    assert "  record 20: '19.png' is missing" in err
+    assert "  record 20 (line 1): '19.png' is missing" in err
     assert "record 21" not in err
     assert err.endswith("  and 5 more\n")
     assert sorted(images.parent.iterdir()) == before
@@ -133,7 +147,7 @@ def test_a_defect_of_ours_has_its_own_exit_code(
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(cli, "check", fail)
+    monkeypatch.setattr("mm_datafmt.pipeline.check", fail)
     assert run("check", "x") == 3
     assert "ZeroDivisionError" in capsys.readouterr().err
 
@@ -162,8 +176,8 @@ def test_interruption(tmp_path: Path, images: Path, command: str) -> None:
         stream.write("[" + "".join(json.dumps(GOOD) + ",\n" for _ in range(1000)))
         stream.flush()
         assert "format llava" in process.stderr.readline()  # now it is in the middle of its work
-        if command == "convert":
-            assert len(list(images.parent.iterdir())) == len(before) + 1  # the temporary file
+        while command == "convert" and len(list(images.parent.iterdir())) == len(before):
+            time.sleep(0.01)  # until the temporary file is there
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -171,16 +185,16 @@ def test_interruption(tmp_path: Path, images: Path, command: str) -> None:
     assert sorted(images.parent.iterdir()) == before
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["check", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["check", "--help"], ["preview", "--help"]])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom mm_datafmt.cli import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert end.code == 0\n"
-        "print(sorted({'PIL', 'ijson', 'tqdm', 'torch', 'numpy'} & set(sys.modules)), file=sys.stderr)"
+        "print(sorted({'PIL', 'orjson', 'tqdm', 'pyarrow', 'torch', 'numpy'} & set(sys.modules)), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     assert done.stderr == "[]\n"
-    assert "exit codes: 0 done" in done.stdout
+    assert "exit codes: 0 " in done.stdout
 
 
 def test_python_dash_m(tmp_path: Path) -> None:
@@ -194,17 +208,36 @@ def test_python_dash_m(tmp_path: Path) -> None:
 
 def test_the_flags_are_a_decision(capsys: pytest.CaptureFixture[str]) -> None:
     flags = {}
-    for command in ("convert", "check"):
+    for command in ("convert", "check", "preview", "stats", "head"):
         with pytest.raises(SystemExit):
             run(command, "--help")
-        words = capsys.readouterr().out.replace("[", " ").replace("]", " ").replace(",", " ").split()
-        flags[command] = {word for word in words if word.startswith("--")}
+        flags[command] = set(re.findall(r"^  (?:-h, )?(--\w+)", capsys.readouterr().out, re.MULTILINE))
+    trainer = {"--seq_length", "--tokenizer", "--image_max_pixels"}
     assert flags == {
-        "convert": {"--help", "--image_dir", "--dataset_dir", "--from", "--overwrite"},
-        "check": {"--help", "--dataset_dir", "--from", "--json"},
+        "convert": {
+            *("--help", "--image_dir", "--dataset_dir", "--from", "--to", "--media", "--shuffle", "--seed"),
+            *("--max_samples", "--val_ratio", "--on_bad", "--max_bad_ratio", "--resume", "--overwrite", "--data_json"),
+            *("--workers", "--boxes", "--image_max_pixels"),
+        },
+        "check": {
+            *("--help", "--dataset_dir", "--from", "--json", "--html", "--overwrite", "--workers", "--media"),
+            *("--decode", "--min_side", "--max_side", "--max_aspect", "--image_min_pixels", *trainer),
+            *("--on_bad", "--bad_file", "--max_bad_ratio", "--ignore"),
+        },
+        "preview": {
+            *("--help", "--n", "--start", "--dataset_dir", "--from", "--html", "--overwrite", *trainer),
+            *("--mask_history", "--train_on_prompt"),
+        },
+        "stats": {"--help", "--dataset_dir", "--from", "--no_pictures", "--json"},
+        "head": {"--help", "--random", "--seed", "--overwrite"},
     }
 
 
 def test_the_public_names_exist() -> None:
     assert all(hasattr(mm_datafmt, name) for name in mm_datafmt.__all__)
     assert {"read", "convert", "check", "Sample", "Message", "Report", "image_token_count"} <= set(mm_datafmt.__all__)
+
+
+def test_the_formats_of_the_help_are_those_there_are() -> None:
+    assert sorted(cli.FORMAT_NAMES) == sorted(mm_datafmt.FORMATS)
+    assert sorted(cli.WRITTEN_FORMATS) == sorted(name for name in mm_datafmt.FORMATS if not name.startswith("coco"))

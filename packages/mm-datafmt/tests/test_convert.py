@@ -146,7 +146,9 @@ def test_files_that_are_not_there(images: Path, write_array: WriteFile, path: st
 
 def test_half_a_surrogate_pair(images: Path, write_lines: WriteFile) -> None:
     source = write_lines([llava("<image>\ud800", "a", image="\ud800.png")])
-    assert codes(refused(source, images)) == ["text", "missing_file"]
+    with pytest.raises(ParseError, match=r"record 1 .*half a surrogate pair"):
+        convert(source, images.parent / "out.json", image_dir=images)
+    assert codes(check(source, dataset_dir=images, source_format="llava")) == ["surrogate"]
 
 
 def test_a_pipe_for_an_image_does_not_hang(images: Path, write_array: WriteFile) -> None:
@@ -253,7 +255,7 @@ def test_twenty_are_listed_a_thousand_kept_all_counted(images: Path, write_array
     assert (report.problem_count, report.counts, len(report.problems)) == (1500, {"empty_answer": 1500}, 1000)
     lines = report.describe().splitlines()
     assert lines[0].endswith("1501 records, 1500 problems in 1500 records")
-    assert lines[1] == "  record 2: turn 2: the answer is empty"
+    assert lines[1] == "  record 2 (line 1): turn 2: the answer is empty"
     assert (len(lines), lines[-1]) == (22, "  and 1480 more")
 
 
@@ -312,9 +314,9 @@ def test_the_format_is_told_or_named(images: Path, write_array: WriteFile) -> No
     assert codes(check(source, source_format="llava", on_format=told.append)) == ["record"]
     assert told == ["llava"]
     with pytest.raises(FormatError, match="known formats"):
-        check(source, source_format="coco")
+        check(source, source_format="xml")
     with pytest.raises(FormatError, match="known formats"):
-        convert(source, images.parent / "out.json", source_format="coco")
+        convert(source, images.parent / "out.json", source_format="xml")
 
 
 def test_errors_survive_pickling(images: Path, write_array: WriteFile, tmp_path: Path) -> None:

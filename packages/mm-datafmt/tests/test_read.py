@@ -65,7 +65,7 @@ def test_a_pipe_is_read_once(tmp_path: Path) -> None:
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     peaks = []
-    for count in (300, 6000):
+    for count in (3000, 30000):
         path = tmp_path / f"{count}.json"
         path.write_text(json.dumps([record("x" * 2000)] * count), encoding="utf-8")
         list(zip(read(path), range(1), strict=False))  # imports are not what is measured
@@ -73,8 +73,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         assert sum(1 for _ in read(path)) == count
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < 1_000_000 < 6000 * 2000
-    assert peaks[1] < 2 * peaks[0]
+    assert peaks[1] < 8_000_000 < 30000 * 2000
+    assert peaks[1] < 1.2 * peaks[0]
 
 
 GOOD = json.dumps(record("x")).encode()
@@ -105,13 +105,14 @@ def test_a_truncated_array(tmp_path: Path, body: bytes, whole: int, offset: int)
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
-        (b'{"a": @', "invalid char"), (b'{"a": @NaN', "invalid char"), (b'{"a": "@\xff', "UTF8"),
-        (b'{"a": 1@]', "inside map"), (b"[" * 63 + b"@[", "nested deeper than 64 levels"),
+        (b'{"a": @}', "Expecting value"), (b'{"a": @NaN}', "NaN is not JSON"), (b'{"a": "@\xff"}', "not UTF-8"),
+        (b'{"a": "@\xff', "not UTF-8"), (b'{"a": 1@]', "Expecting ',' delimiter"), (b'{"a": "@\0"}', "a NUL byte"),
+        (b"@" + b"[" * 65, "nested deeper than 64 levels"), (b"@" + b"[" * 1500 + b"]" * 1500, "deeper than 64"),
     ],
 )  # fmt: skip
 def test_an_invalid_array_says_record_and_byte(tmp_path: Path, bad: bytes, reason: str) -> None:
-    """The ``@`` marks the byte before which everything is legal; it is taken out, except where it is the fault."""
-    clean = bad if bad.endswith(b"@") else bad.replace(b"@", b"")
+    """The ``@`` marks the byte before which everything is legal; it is taken out."""
+    clean = bad.replace(b"@", b"")
     filler = b"[" + b",".join([GOOD] * 2000)  # several pieces, so that the place is found beyond the first
     path = tmp_path / "f"
     path.write_bytes(filler + b"," + clean + b" " * 5000 + b"]")
@@ -119,33 +120,33 @@ def test_an_invalid_array_says_record_and_byte(tmp_path: Path, bad: bytes, reaso
         list(read(path))
     assert caught.value.record == 2001
     assert caught.value.offset == len(filler) + 1 + bad.index(b"@")
-    assert f"record 2001 is not valid JSON at byte {caught.value.offset}" in str(caught.value)
+    assert f"record 2001 (line 1) is not valid JSON at byte {caught.value.offset}" in str(caught.value)
 
 
 @pytest.mark.parametrize("tail", [b"x", b"[]", b"]", b"{}"])
 def test_garbage_after_the_array(tmp_path: Path, tail: bytes) -> None:
     path = tmp_path / "f"
     path.write_bytes(b"[" + GOOD + b"]\n" + tail)
-    with pytest.raises(ParseError, match=f"at byte {len(GOOD) + 3}: .*trailing garbage"):
+    with pytest.raises(ParseError, match=rf"\(line 2\) is not valid JSON at byte {len(GOOD) + 3}: something follows"):
         list(read(path))
 
 
-def test_an_invalid_array_from_a_pipe_has_no_byte(tmp_path: Path) -> None:
+def test_an_invalid_array_from_a_pipe(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     writer = threading.Thread(target=pipe.write_bytes, args=(b"[" + GOOD + b", nope]",))
     writer.start()
-    with pytest.raises(ParseError, match="record 2 is not valid JSON: ") as caught:
+    with pytest.raises(ParseError, match=r"record 2 \(line 1\) is not valid JSON") as caught:
         list(read(pipe))
     writer.join()
-    assert caught.value.offset is None
+    assert caught.value.offset == 1 + len(GOOD) + 2
 
 
 @pytest.mark.parametrize("number", [b"1" * 6000, b"1e999999999999", b"-1" + b"0" * 400 + b".5"])
 def test_numbers_beyond_reason_are_refused(tmp_path: Path, number: bytes) -> None:
     path = tmp_path / "f"
     path.write_bytes(b'[{"id": ' + number + b"}]")
-    with pytest.raises(ParseError, match=r"record 1 is not valid JSON at byte \d+: .*overflow"):
+    with pytest.raises(ParseError, match=r"record 1 \(line 1\) is not valid JSON at byte \d+: .*infinity"):
         list(read(path, format="llava"))
 
 
@@ -153,8 +154,8 @@ def test_numbers_beyond_reason_are_refused(tmp_path: Path, number: bytes) -> Non
     ("bad", "where", "reason"),
     [
         (b'{"a":', 5, "Expecting value"), (b'{"a": "\xc3\xa9" x}', 10 + 1, "Expecting ',' delimiter"),
-        (b'{"a": "\xff"}', 7, "not UTF-8"), (b'{"a": NaN}', 0, "NaN is not JSON"),
-        (b'{"a":' * 100000, 0, "nested too deeply"), (b'{"a": ' + b"1" * 6000 + b"}", 0, "[Ee]xceeds the limit"),
+        (b'{"a": "\xff"}', 7, "not UTF-8"), (b'{"a": NaN}', 6, "NaN is not JSON"),
+        (b'{"a":' * 100000, 0, "nested deeper"), (b'{"a": ' + b"1" * 6000 + b"}", 0, "infinity"),
         (b"{", 1, "one whole record on each line"),
     ],
 )  # fmt: skip
@@ -184,9 +185,9 @@ def test_files_that_are_no_data_set(tmp_path: Path, body: bytes, message: str) -
 
 def test_a_record_that_does_not_fit_says_where(write_array: WriteFile, write_lines: WriteFile) -> None:
     records = [record("x"), {"messages": []}]
-    with pytest.raises(RecordError, match=r"source\.json: record 2: 'messages' must be a list") as caught:
+    with pytest.raises(RecordError, match=r"source\.json: record 2 \(line 1\): 'messages' must be a list") as caught:
         list(read(write_array(records)))
-    assert (caught.value.record, caught.value.line, caught.value.code) == (2, None, "record")
+    assert (caught.value.record, caught.value.line, caught.value.code) == (2, 1, "record")
     with pytest.raises(RecordError, match=r"record 2 \(line 2\): ") as caught:
         list(read(write_lines(records)))
     assert caught.value.line == 2

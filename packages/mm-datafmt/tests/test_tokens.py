@@ -82,10 +82,27 @@ def test_the_rule_in_exact_integers(width: int, height: int) -> None:
 
 
 @given(st.integers(1, 10**6), st.integers(1, 10**6))
+@example(1, 262144)
 def test_with_a_cap_every_size_has_a_count_and_the_sides_may_be_swapped(width: int, height: int) -> None:
+    assume(min(width, height) ** 2 * 262144 >= width * height or width * height <= 262144)
     count = image_token_count(width, height, pixel_cap=262144)
     assert count == image_token_count(height, width, pixel_cap=262144)
     assert 4 <= count <= MAX_PIXELS // SQUARE**2
+
+
+def test_a_line_that_the_cap_leaves_no_pixel_of() -> None:
+    # 1 x 300000: scaled by sqrt(262144 / 300000) = 0.93, the width is int(0.93) = 0, and Pillow refuses that size.
+    for size in ((1, 300_000), (300_000, 1)):
+        with pytest.raises(ValueError, match="shrinking the image to 262144 pixels leaves a side of none"):
+            image_token_count(*size, pixel_cap=262144)
+    assert image_token_count(1, 262_144, pixel_cap=262144) == 180  # under the cap; widened to 28, then 28 x 28 * 180
+
+
+def test_the_floor_by_hand() -> None:
+    # 10 x 10 below 589824 = 768²: scaled by 76.8 to 768 x 768, which is 27 x 27 squares (27.4 rounded).
+    assert image_token_count(10, 10, pixel_cap=1 << 20, pixel_floor=589824) == 27 * 27
+    assert image_token_count(1000, 1000, pixel_cap=1 << 20, pixel_floor=589824) == 36 * 36  # 35.7; not touched
+    assert image_token_count(10, 10, pixel_cap=1 << 20, pixel_floor=0) == 4
 
 
 def test_other_patches_and_limits() -> None:

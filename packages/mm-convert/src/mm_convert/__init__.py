@@ -4,12 +4,12 @@
     >>> layout = Layout(llm_pp_layers=[[12, 16]], vit_pp_layers=[[32, 0]], tp_size=1)
     >>> Converter.named("Qwen2_5_VLConverter").hf_to_mm("Qwen2.5-VL-7B-Instruct", "mm", layout)
 
-A conversion is planned from headers, proved to use every byte and to make every byte once, and only
-then carried out. `Converter` does it for folders, from Hugging Face, back, and from one Megatron layout
-to another (`resplit`); its `prepare_…` methods plan without writing, and `forecast` says what a plan
-needs. `inspect` names what a folder is, `verify` compares two of any layouts, `propose` deals layers
-out over a pipeline. `relate`, `Plan` and `assemble` are the parts for whoever holds the tensors in
-memory.
+`plan` and `execute` find the converter and the direction themselves. A conversion is planned from headers,
+proved to use every byte and to make every byte once, and only then carried out. `Converter` does it for
+folders, from Hugging Face, back, and from one Megatron layout to another (`resplit`); its `prepare_…` methods
+plan without writing, and `forecast` says what a plan needs. `inspect` names what a folder is, `verify` compares
+two of any layouts, `propose` deals layers out over a pipeline. `relate`, `Plan` and `assemble` are the parts
+for whoever holds the tensors in memory.
 """
 
 import importlib
@@ -29,7 +29,7 @@ from mm_convert.errors import (
 from mm_convert.families import CONVERTERS, Family
 from mm_convert.families.family import ModelSizes, Spelling
 from mm_convert.layout import GivenLayout, Layout
-from mm_convert.plan import Plan, Ref, Segment, Spec
+from mm_convert.plans import Plan, Ref, Segment, Spec
 from mm_convert.relate import relate
 
 if TYPE_CHECKING:
@@ -40,9 +40,12 @@ if TYPE_CHECKING:
     from mm_convert.in_memory import assemble, huggingface_reader, megatron_reader
     from mm_convert.inspection import Inspection, inspect
     from mm_convert.megatron import MegatronFolder
+    from mm_convert.planning import execute, plan
     from mm_convert.same_model import Comparison, Difference, verify
 
 __all__ = [
+    "plan",
+    "execute",
     "Converter",
     "Layout",
     "GivenLayout",
@@ -84,6 +87,8 @@ __all__ = [
 
 # What the command line's help can do without, and where it is.
 _LATER = {
+    "plan": "planning",
+    "execute": "planning",
     "Converter": "convert",
     "Conversion": "convert",
     "RunOptions": "convert",

@@ -22,8 +22,8 @@ from mm_convert.families import CONVERTERS
 from mm_convert.huggingface import HuggingFaceFolder
 from mm_convert.inspection import converters_for
 from mm_convert.layout import Layout, Part
-from mm_convert.plan import BYTES, Spec
-from mm_convert.relate import _by_canonical_name
+from mm_convert.plans import BYTES, Spec
+from mm_convert.relate import by_canonical_name
 
 TRAINING_BYTES = 18
 # Qwen's merger, InternVL's pixel shuffle: a text token stands for 2 x 2 patches.
@@ -108,6 +108,11 @@ def propose(
             f"{hf.directory / 'config.json'} says model_type {hf.config.get('model_type')!r}; known:"
             f" {', '.join(t for family in CONVERTERS.values() for t in family.model_types)}"
         )
+    if CONVERTERS[names[0]].generative:
+        raise ModelError(
+            f"{hf.directory} holds a generative model, whose blocks are alike: deal them out evenly by hand"
+            " (pp_layers); auto weighs language layers against vision layers"
+        )
     hf = hf.unstacked(CONVERTERS[names[0]].stacked)
     layers = _loads(Converter.named(names[0]), hf, pp_size, tokens, image_share)
     vit = sum(part == "vit" for part, _ in layers)
@@ -135,7 +140,7 @@ def _loads(
     sizes = converter.sizes(hf)
     if sizes.audio_layers:
         raise ModelError("the work of an audio part is not estimated; give audio_pp_layers and the others by hand")
-    found = _by_canonical_name(converter.family, hf.tensors)
+    found = by_canonical_name(converter.family, hf.tensors)
     counts: dict[Part, int] = {"vit": sizes.vit_layers, "llm": sizes.llm_layers}
     passing: dict[Part, float] = {"vit": tokens * image_share * PATCHES, "llm": tokens}
     loads = {part: [_Load()] * count for part, count in counts.items()}

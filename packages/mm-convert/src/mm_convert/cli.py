@@ -58,4 +58,10 @@ def _choice(prog: str, about: str, choices: Mapping[str, str], words: Sequence[s
     below = parser.add_subparsers(dest="chosen", required=True, metavar="COMMAND", title="commands")
     for name, help_text in choices.items():
         below.add_parser(name, help=help_text, add_help=False)
+    if words and words[0] not in choices:
+        from difflib import get_close_matches
+
+        near = get_close_matches(words[0], choices, n=1)
+        if near:
+            parser.error(f"{words[0]!r} is no command; did you mean {near[0]}? There are: {', '.join(choices)}")
     return str(parser.parse_args(words).chosen)

@@ -9,7 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from mm_convert.copying import CHUNK, matrix, place, read_all
-from mm_convert.plan import BYTES, Ref, Segment, Specs
+from mm_convert.plans import BYTES, Ref, Segment, Specs
 from mm_convert.stored import StoredFile
 
 if TYPE_CHECKING:

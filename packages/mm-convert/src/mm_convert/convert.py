@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from mm_convert.errors import LayoutError, ModelError
 from mm_convert.families import Family, family
-from mm_convert.families.canonical import is_canonical, unfused
+from mm_convert.families.canonical import as_it_stands, unfused
 from mm_convert.families.family import ModelSizes
 from mm_convert.huggingface import HuggingFaceFolder, read_config
 from mm_convert.layout import PARTS, GivenLayout, Layout
 from mm_convert.megatron import MegatronFolder
 from mm_convert.model_sizes import sizes_on_disk
 from mm_convert.original_file import open_model
-from mm_convert.plan import Plan, Specs
+from mm_convert.plans import Plan, Specs
 from mm_convert.relate import relate
 from mm_convert.resplit import plan_resplit
 from mm_convert.selection import known_names, left_over, only_part, with_language_model
@@ -142,7 +142,7 @@ class Converter:
         """
         hf = open_model(Path(hf_dir), self.family)
         sizes = self.sizes(hf)
-        layout = layout or _undivided((sizes.llm_layers, sizes.vit_layers, sizes.audio_layers), tp_size)
+        layout = layout or Layout.undivided(sizes.layers, tp_size=tp_size)
         options: dict[str, Any] = {"command": "hf_to_mm", "layout": str(layout)}
         options |= {"save_vit_only": True} if vit_only else {}
         options |= {"enable_canonical_hf_struct": True} if self.canonical else {}
@@ -160,7 +160,9 @@ class Converter:
         read = {ref.file for ref in plan.sources}
         files = {file: s for file, s in hf.unstacked(self.family.stacked).files.items() if file in read}
         target = megatron_target(plan, layout, mm_dir, options, generative=self.family.generative)
-        source = f"{hf.directory} (Hugging Face)" + (f", language model of {llm_hf_dir}" if llm_hf_dir else "")
+        original = Path(hf_dir).is_file()
+        source = f"{hf_dir} (original release)" if original else f"{hf.directory} (Hugging Face)"
+        source += f", language model of {llm_hf_dir}" if llm_hf_dir else ""
         return Conversion(plan=plan, source=source, files=files, target=target, folders=folders)
 
     def prepare_mm_to_hf(
@@ -179,7 +181,7 @@ class Converter:
             ConvertError: the checkpoint does not fit the model, or its layout is not the given one.
         """
         hf = HuggingFaceFolder.open(hf_dir)
-        mm = _opened(mm_dir, layout)
+        mm = MegatronFolder.open(mm_dir, layout)
         template = self._template(mm, hf, hf_naming=hf_naming, allow_unused=allow_unused)
         plan = template.plan(mm)
         options: dict[str, Any] = {"command": "mm_to_hf", "layout": str(mm.layout)}
@@ -209,8 +211,8 @@ class Converter:
         Raises:
             ConvertError: the checkpoint is not whole or not of the given layout, or the new layout does not fit.
         """
-        mm = _opened(source_dir, source)
-        target = target or _undivided([sum(map(sum, mm.layout.lists(part))) for part in PARTS], tp_size)
+        mm = MegatronFolder.open(source_dir, source)
+        target = target or Layout.undivided(mm.layout.layers, tp_size=tp_size)
         plan = self.plan_resplit(mm, target, hf_dir=hf_dir)
         options = {"command": "resplit", "source_layout": str(mm.layout), "layout": str(target)}
         made = megatron_target(plan, target, target_dir, options, generative=self.family.generative)
@@ -341,6 +343,7 @@ class Converter:
         allow_unused: Sequence[str] = (),
     ) -> Template:
         family, sizes = self._reading(mm), self.sizes(hf)
+        sizes.check_whole(mm.layout, mm.directory)
         known = known_names(family, sizes, mm.layout) if allow_unused or family.kept else {}
         kept = left_over(family, known, hf.tensors, allow_unused)
         return Template(hf=hf, family=family, sizes=sizes, naming=hf_naming, kept=kept)
@@ -351,28 +354,12 @@ class Converter:
         return unfused(self.family) if self.canonical else self.family
 
     def _reading(self, mm: MegatronFolder) -> Family:
-        if is_canonical(ref.name for ref in mm.tensors):
-            return unfused(self.family)
-        if self.canonical:
+        family = as_it_stands(self.family, (ref.name for ref in mm.tensors))
+        if self.canonical and family is self.family:
             raise LayoutError(
                 f"given: enable_canonical_hf_struct; but {mm.directory} holds query, key and value as one tensor"
             )
-        return self.family
-
-
-def _undivided(layers: Sequence[int], tp_size: int) -> Layout:
-    """One pipeline rank that holds all layers of each part."""
-    llm, vit, audio = (((count,),) for count in layers)
-    return Layout(llm_pp_layers=llm, vit_pp_layers=vit, audio_pp_layers=audio, tp_size=tp_size)
-
-
-def _opened(directory: str | Path, given: Layout | GivenLayout | None) -> MegatronFolder:
-    mm = MegatronFolder.open(directory)
-    if isinstance(given, GivenLayout):
-        given.check(mm.layout, mm.directory)
-    elif given is not None and given != mm.layout:
-        raise LayoutError(f"given: {given}; but {mm.directory} holds: {mm.layout}")
-    return mm
+        return family
 
 
 def _told(patterns: Sequence[str], unused: Specs) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mm_convert.errors import CheckpointError, unequal
-from mm_convert.plan import BYTES, ZEROS, Plan, Ref, Segment, Spec
+from mm_convert.plans import BYTES, ZEROS, Plan, Ref, Segment, Spec
 from mm_convert.stored import Descriptor, StoredFile
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from mm_convert.comparing import Side, segment_bytes
 from mm_convert.convert import Conversion
 from mm_convert.copying import Job, jobs
 from mm_convert.memory import buffers, is_turned, rows
-from mm_convert.plan import ZEROS, Plan
+from mm_convert.plans import ZEROS, Plan
 
 INTERPRETER = 34 << 20
 """Memory of the process without a plan and without buffers, in bytes; measured, like the next two, with some room."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mm_convert.plan import Ref
+    from mm_convert.plans import Ref
 
 
 class ConvertError(Exception):

@@ -15,7 +15,7 @@ from typing import Any
 
 from mm_convert.errors import CheckpointError, ModelError
 from mm_convert.journal import MANIFEST
-from mm_convert.plan import Ref, Spec
+from mm_convert.plans import Ref, Spec
 from mm_convert.safetensors_file import read_safetensors
 from mm_convert.stacked import unstacked, unstacked_file
 from mm_convert.stored import StoredFile
@@ -63,6 +63,11 @@ class HuggingFaceFolder:
         files = sorted(set(weight_map.values())) if weight_map else [f"{stem}.safetensors"]
         for file in files:
             if Path(file).name != file or not (directory / file).is_file():
+                if (directory / "adapter_config.json").is_file():
+                    raise CheckpointError(
+                        f"{directory} is a PEFT adapter, without the weights of its model; lora_hf_to_mm and"
+                        " merge_lora_to_base read it"
+                    )
                 reason = f"{index.name} names it" if weight_map else f"and there is no {index.name}"
                 raise CheckpointError(f"{directory / file} is missing ({reason}); copy the whole checkpoint")
         stored = {file: read_safetensors(directory / file) for file in files}
@@ -111,6 +116,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         ModelError: there is none, or it is not readable.
     """
+    if not directory.exists():
+        raise ModelError(f"{directory} does not exist")
     if not (directory / "config.json").is_file():
         raise ModelError(f"{directory} is no Hugging Face folder: it has no config.json")
     return _json(directory / "config.json", ModelError)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mm_convert.errors import CheckpointError, unequal
 from mm_convert.huggingface import HuggingFaceFolder
 from mm_convert.megatron import MegatronFolder, load_rank_file
-from mm_convert.plan import ZEROS, Plan, Ref, Segment
+from mm_convert.plans import ZEROS, Plan, Ref, Segment
 from mm_convert.restricted_pickle import DTYPES
 from mm_convert.stacked import number, whole
 
@@ -24,7 +24,7 @@ def assemble(plan: Plan, target: Ref, read: Read) -> Tensor:
     """Make one target tensor.
 
     Raises:
-        CheckpointError: a second source of the same bytes differs (see :mod:`mm_convert.plan`).
+        CheckpointError: a second source of the same bytes differs (see :mod:`mm_convert.plans`).
     """
     import torch
 

@@ -9,25 +9,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mm_convert.distributed.metadata import METADATA
 from mm_convert.errors import CheckpointError, ConvertError
 from mm_convert.families import CONVERTERS, Family
-from mm_convert.families.canonical import is_canonical, unfused
+from mm_convert.families.canonical import as_it_stands
 from mm_convert.families.family import ModelSizes
 from mm_convert.huggingface import HuggingFaceFolder, model_folder
 from mm_convert.journal import MANIFEST
 from mm_convert.layout import Layout
 from mm_convert.megatron import EXPERT, TRACKER, MegatronFolder
 from mm_convert.model_sizes import EMBEDDING, OUTPUT, sizes_on_disk
-from mm_convert.plan import Ref, Specs
+from mm_convert.plans import Ref, Spec, Specs
 from mm_convert.relate import relate
 from mm_convert.resplit import paper_tensors
 
 # Folders of other formats, by what stands in them.
 OTHERS = {
-    "model_index.json": "a diffusers pipeline; give one of its folders (transformer, vae, …)",
-    "adapter_config.json": "a PEFT adapter",
-    ".metadata": "a torch distributed checkpoint (DCP)",
+    "model_index.json": "a diffusers pipeline without a transformer; give one of its folders (vae, …)",
+    "adapter_config.json": "a PEFT adapter; lora_hf_to_mm and merge_lora_to_base read it",
 }
+NO_WORDS = "no embedding of words: not a language model, or a part of one"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +37,16 @@ class Inspection:
 
     Attributes:
         path: the folder.
-        kind: ``huggingface`` or ``megatron``.
+        kind: ``huggingface``, ``megatron``, or ``dcp`` or ``torch_dist`` for a distributed checkpoint of an FSDP2
+            trainer or of megatron-core.
         converters: published converters whose tables name just these tensors.
-        model_type: of ``config.json``.
+        model_type: of ``config.json``, or its ``_class_name``.
         dtypes: number of tensors of each dtype, by safetensors' names.
         tensors: number of tensors, copies on several ranks counted each.
         nbytes: bytes of tensors.
         files: number of files that hold them.
         layout: parallel sizes and layers of each stage, of a Megatron folder.
-        iteration: ``release`` or ``iter_…``, of a Megatron folder.
+        iteration: ``release`` or ``iter_…``, of a Megatron folder or a distributed checkpoint.
         tied: whether the output layer is the embedding.
         tied_reason: how that is known, or why not.
         manifest: version and options of the run of mm-convert that made the folder.
@@ -77,6 +79,8 @@ def inspect(path: str | Path) -> Inspection:
         return _megatron(path, MegatronFolder.open(path))
     if any(model_folder(path).glob("*.safetensors")) and (model_folder(path) / "config.json").is_file():
         return _huggingface(path, HuggingFaceFolder.open(path))
+    if any((path / METADATA).is_file() for path in (path, *path.glob("*/"))):
+        return _distributed(path)
     raise CheckpointError(_what_else(path))
 
 
@@ -89,7 +93,7 @@ def converters_of(mm: MegatronFolder) -> tuple[str, ...]:
     """The published converters whose tables name just the tensors of a Megatron folder."""
 
     def fits(family: Family) -> bool:
-        family = unfused(family) if apart else family
+        family = as_it_stands(family, names)
         try:
             sizes = sizes_on_disk(family, mm, mm.layout)
             made, _ = relate(family, sizes, mm.layout, paper_tensors(family, sizes, mm))
@@ -97,7 +101,7 @@ def converters_of(mm: MegatronFolder) -> tuple[str, ...]:
             return False
         return made.keys() == mm.tensors.keys()
 
-    apart = is_canonical(ref.name for ref in mm.tensors)
+    names = [ref.name for ref in mm.tensors]
     return tuple(name for name, family in CONVERTERS.items() if fits(family))
 
 
@@ -137,19 +141,20 @@ def trusted_manifest(path: Path) -> dict[str, Any] | None:
 def _huggingface(path: Path, hf: HuggingFaceFolder) -> Inspection:
     converters = converters_for(hf)
     sizes = _hf_sizes(hf, converters)
+    generative = any(CONVERTERS[name].generative for name in converters)
     heads = [ref for ref in hf.tensors if ref.name.endswith("lm_head.weight")]
     reason = f"config.json, and {'an' if heads else 'no'} lm_head"
     return Inspection(
         path=str(path),
         kind="huggingface",
         converters=converters,
-        model_type=hf.config.get("model_type"),
+        model_type=hf.config.get("model_type") or hf.config.get("_class_name"),
         **_amounts(hf.tensors),
         files=len(hf.files),
         layout=None,
         iteration=None,
-        tied=sizes.tied if sizes else None,
-        tied_reason=reason if sizes else "no converter knows this model",
+        tied=sizes.tied if sizes and not generative else None,
+        tied_reason=NO_WORDS if generative else reason if sizes else "no converter knows this model",
         manifest=_short(read_manifest(path)),
     )
 
@@ -177,6 +182,27 @@ def _megatron(path: Path, mm: MegatronFolder) -> Inspection:
     )
 
 
+def _distributed(path: Path) -> Inspection:
+    from mm_convert.distributed.dcp import STATE
+    from mm_convert.distributed.folder import DistributedFolder
+
+    folder = DistributedFolder.open(path)
+    held = {key: tensor for key, tensor in folder.tensors.items() if not STATE.match(key)}
+    return Inspection(
+        path=str(path),
+        kind="torch_dist" if (folder.directory / "metadata.json").is_file() else "dcp",
+        converters=(),
+        model_type=None,
+        **_amounts({Ref("", "", key): Spec(tensor.dtype, tensor.shape) for key, tensor in held.items()}),
+        files=len({chunk.file for tensor in held.values() for chunk in tensor.chunks}),
+        layout=None,
+        iteration=folder.directory.name,
+        tied=None,
+        tied_reason="not looked at in a distributed checkpoint",
+        manifest=_short(read_manifest(path)),
+    )
+
+
 def _model_types(family: Family, mm: MegatronFolder) -> set[str]:
     """A family's types of models with experts end in ``_moe``, the others do not."""
     experts = any(EXPERT in ref.name for ref in mm.tensors)
@@ -185,6 +211,8 @@ def _model_types(family: Family, mm: MegatronFolder) -> set[str]:
 
 def _tied(mm: MegatronFolder, manifest: dict[str, Any] | None) -> tuple[bool | None, str]:
     embeddings, outputs = (sorted(ref for ref in mm.tensors if ref.name == name) for name in (EMBEDDING, OUTPUT))
+    if not embeddings:
+        return None, NO_WORDS
     if not outputs:
         return True, "no output layer"
     if mm.layout.pp_size == 1:
@@ -227,10 +255,9 @@ def _what_else(path: Path) -> str:
         return f"{path} is one iteration of a Megatron checkpoint; give the folder above it, {path.parent}"
     if any(path.glob("*/mp_rank_*")) or any(path.glob("mp_rank_*")):
         return f"{path} has rank folders but no {TRACKER}: an interrupted run? A finished one has it"
-    for folder in (path, path / "release"):
-        for mark, words in OTHERS.items():
-            if (folder / mark).exists():
-                return f"{path} is {words}; mm-convert does not read it"
+    for mark, words in OTHERS.items():
+        if (path / mark).exists():
+            return f"{path} is {words}"
     if (path / "config.json").is_file():
         return f"{path} has a config.json but no *.safetensors"
     return f"{path} is no checkpoint of a known kind: it has neither config.json nor {TRACKER}"

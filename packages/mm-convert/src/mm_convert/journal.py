@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_convert.errors import OutputExistsError
-from mm_convert.plan import Plan, Ref
+from mm_convert.plans import Plan, Ref
 from mm_convert.stored import StoredFile
 
 MANIFEST = "manifest.json"
@@ -42,7 +42,7 @@ def manifest(
         "mm_convert": version("mm-convert"),
         "options": dict(options),
         "bytes": plan.nbytes,
-        "sources": {_short(s.path): {"size": s.size, "fingerprint": s.digest} for s in sources},
+        "sources": {short_name(s.path): {"size": s.size, "fingerprint": s.digest} for s in sources},
         "outputs": {file: {"size": size} for file, size in sizes.items()},
     }
 
@@ -89,7 +89,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, expected: Mapping[str, Any], sources: Iterable[StoredFile]) -> None:
-        times = [[_short(s.path), s.mtime_ns] for s in sources]
+        times = [[short_name(s.path), s.mtime_ns] for s in sources]
         digest = hashlib.sha256(json.dumps([expected, times], sort_keys=True).encode()).hexdigest()
         self._path, self._lock = path, threading.Lock()
         lines = path.read_bytes().split(b"\n") if path.exists() else []
@@ -114,6 +114,6 @@ class Journal:
         self.done.update(crcs)
 
 
-def _short(path: Path) -> str:
-    """Enough of a path to tell a rank's file from another's, and nothing of the machine."""
+def short_name(path: Path) -> str:
+    """Enough of a file's path to tell a rank's file from another's, and nothing of the machine."""
     return f"{path.parent.name}/{path.name}" if path.parent.name.startswith("mp_rank_") else path.name

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from mm_convert.errors import LayoutError
 
 if TYPE_CHECKING:
-    from mm_convert.plan import Ref
+    from mm_convert.plans import Ref
 
 Part = Literal["llm", "vit", "audio"]
 PARTS: tuple[Part, ...] = ("llm", "vit", "audio")
@@ -87,6 +87,23 @@ class Layout:
                     f"{name} is {size}; it must divide tp_size {self.tp_size}: one of {legal}, or 0 for tp_size itself"
                 )
             object.__setattr__(self, name, 0 if size == self.tp_size else size)
+
+    @classmethod
+    def undivided(cls, layers: Sequence[int], *, tp_size: int = 1) -> Layout:
+        """One pipeline rank that holds all layers.
+
+        Args:
+            layers: how many there are of each part, in the order of `PARTS`.
+            tp_size: tensor-parallel size.
+        """
+        llm, vit, audio = (((count,),) for count in layers)
+        return cls(llm_pp_layers=llm, vit_pp_layers=vit, audio_pp_layers=audio, tp_size=tp_size)
+
+    @property
+    def layers(self) -> tuple[int, int, int]:
+        """Layers of each part, all stages together, in the order of `PARTS`."""
+        llm, vit, audio = (sum(map(sum, self.lists(part))) for part in PARTS)
+        return llm, vit, audio
 
     @property
     def pp_size(self) -> int:
@@ -195,6 +212,8 @@ class GivenLayout:
         audio_pp_layers: likewise.
         tp_size: tensor-parallel size.
         ep_size: expert-parallel size.
+        vit_tp_size: tensor-parallel size of the vision part; 0 is the model's.
+        audio_tp_size: the same for the audio part.
     """
 
     llm_pp_layers: Sequence[object] | None = None
@@ -202,6 +221,8 @@ class GivenLayout:
     audio_pp_layers: Sequence[object] | None = None
     tp_size: int | None = None
     ep_size: int | None = None
+    vit_tp_size: int | None = None
+    audio_tp_size: int | None = None
 
     def check(self, found: Layout, where: object) -> None:
         """Compare with what is on disk.
@@ -215,6 +236,9 @@ class GivenLayout:
             if (lists := getattr(self, name)) is not None
         }
         given |= {name: n for name in ("tp_size", "ep_size") if (n := getattr(self, name)) is not None}
+        for name in ("vit_tp_size", "audio_tp_size"):
+            if (n := getattr(self, name)) is not None:
+                given[name] = 0 if n == found.tp_size else n
         if any(getattr(found, name) != value for name, value in given.items()):
             words = ", ".join(f"{name} {_text(v) if isinstance(v, tuple) else v}" for name, v in given.items())
             raise LayoutError(f"given: {words}; but {where} holds: {found}")

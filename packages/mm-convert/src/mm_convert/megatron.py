@@ -19,12 +19,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from mm_convert.errors import CheckpointError
+from mm_convert.errors import CheckpointError, LayoutError
 from mm_convert.families import CONVERTERS
 from mm_convert.families.family import LAYER_NAMES
-from mm_convert.layout import PARTS, RANK_DIR, LayerLists, Layout, Part, Ranks
+from mm_convert.layout import PARTS, RANK_DIR, GivenLayout, LayerLists, Layout, Part, Ranks
 from mm_convert.layout import RANK_FILE as RANK_FILE
-from mm_convert.plan import Ref, Spec, Specs
+from mm_convert.plans import Ref, Spec, Specs
 from mm_convert.restricted_pickle import DTYPES
 from mm_convert.stored import StoredFile
 from mm_convert.torch_file import read_torch_file
@@ -56,11 +56,16 @@ class MegatronFolder:
     files: dict[str, StoredFile]
 
     @classmethod
-    def open(cls, directory: str | Path) -> MegatronFolder:
+    def open(cls, directory: str | Path, given: Layout | GivenLayout | None = None) -> MegatronFolder:
         """Read the tracker, the rank folders and the tensors' names and shapes (no data).
+
+        Args:
+            directory: the folder with the tracker.
+            given: what the caller believes of the layout.
 
         Raises:
             CheckpointError: incomplete or unreadable.
+            LayoutError: the layout is not the given one.
         """
         iteration = iteration_dir(Path(directory))
         read = {
@@ -72,6 +77,10 @@ class MegatronFolder:
         # Counted from the sections: the last virtual stage may hold no tensor.
         vpp_size = max((len(sections) for _, sections in read.values()), default=1)
         layout = layout_on_disk(tensors, _rank_sizes(iteration, tensors), vpp_size)
+        if isinstance(given, GivenLayout):
+            given.check(layout, iteration)
+        elif given is not None and given != layout:
+            raise LayoutError(f"given: {given}; but {iteration} holds: {layout}")
         return cls(directory=iteration, layout=layout, tensors=tensors, files=files)
 
 
@@ -144,6 +153,12 @@ def _rank_sizes(iteration: Path, tensors: Iterable[Ref]) -> Ranks:
     if absent:
         raise CheckpointError(
             f"{iteration} is incomplete: no {RANK_FILE} for ranks {absent[:8]} of mp_rank_TT[_PPP][_EEE]; copy it again"
+        )
+    if 1 in sizes[1:]:
+        raise CheckpointError(
+            f"{iteration} is incomplete: {sorted(m[0] for m in matches if m)[0]} is the name of one of several pipeline"
+            " or expert-parallel ranks, and the others are not there; copy it again (a single one is named without:"
+            " mp_rank_00)"
         )
     if len(sizes) == 2 and _is_experts(tensors, len(numbers)):
         return Ranks(sizes[0], 1, sizes[1])

@@ -15,7 +15,7 @@ from math import prod
 
 from mm_convert import copying
 from mm_convert.errors import RamCapError
-from mm_convert.plan import ZEROS, Plan
+from mm_convert.plans import ZEROS, Plan
 
 UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMG]I?B)?", re.IGNORECASE)

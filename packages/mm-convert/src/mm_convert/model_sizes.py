@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from math import lcm
+from typing import NamedTuple
 
 from mm_convert.comparing import same_bytes
 from mm_convert.errors import LayoutError
@@ -12,7 +12,7 @@ from mm_convert.families.family import Family, ModelSizes
 from mm_convert.layout import RANK_FILE, Layout, Part
 from mm_convert.megatron import EMBEDDING as EMBEDDING
 from mm_convert.megatron import MegatronFolder
-from mm_convert.plan import Ref, Spec
+from mm_convert.plans import Ref, Spec
 
 OUTPUT = "text_decoder.output_layer.weight"
 LLM_LAYER = "text_decoder.decoder.layers.0."
@@ -25,8 +25,7 @@ KEY_VALUE_HEADS = {(2048, 1536): 2, (2560, 2048): 2, (4608, 3584): 4, (7168, 512
 VISION_HEADS = {(3840, 1280): 16, (3072, 1024): 16, (9600, 3200): 25}
 
 
-@dataclass(frozen=True)
-class Heads:
+class Heads(NamedTuple):
     """The number of heads of a part: 0 where there is no such part, None where tensors don't tell."""
 
     key_value: int | None
@@ -65,7 +64,7 @@ def sizes_on_disk(family: Family, mm: MegatronFolder, target: Layout, *, legal: 
         LayoutError: the number of heads is needed and can't be known.
     """
     known, tp = heads(family, mm), mm.layout.tp_size
-    if not legal and tp % target.tp_size and None in (known.key_value, known.vision):
+    if not legal and tp % target.tp_size and None in known:
         rows = _fused(mm)
         raise LayoutError(
             f"tp_size {target.tp_size}: whether it divides the key/value heads can't be told from {mm.directory}, whose"
@@ -73,11 +72,12 @@ def sizes_on_disk(family: Family, mm: MegatronFolder, target: Layout, *, legal: 
             f" {[t for t in range(1, tp + 1) if tp % t == 0]}; or name a folder with the model's config.json:"
             " --cfg.hf_config.hf_dir"
         )
+    llm, vit, audio = mm.layout.layers
     # Any number that both sizes divide gives the same bytes.
     instead = lcm(tp, target.tp_size)
     return ModelSizes(
-        llm_layers=sum(map(sum, mm.layout.llm_pp_layers)),
-        vit_layers=sum(map(sum, mm.layout.vit_pp_layers)),
+        llm_layers=llm,
+        vit_layers=vit,
         key_value_heads=known.key_value or instead,
         vision_heads=instead if known.vision is None else known.vision,
         tied=is_tied(mm, target),
@@ -85,8 +85,8 @@ def sizes_on_disk(family: Family, mm: MegatronFolder, target: Layout, *, legal: 
         features=frozenset(
             f for f, begin in family.features.items() if any(r.name.startswith(begin) for r in mm.tensors)
         ),
-        audio_layers=sum(map(sum, mm.layout.audio_pp_layers)),
-        audio_heads=lcm(mm.layout.tp("audio"), target.tp("audio")) if any(map(any, mm.layout.audio_pp_layers)) else 0,
+        audio_layers=audio,
+        audio_heads=lcm(mm.layout.tp("audio"), target.tp("audio")) if audio else 0,
         experts=_experts(mm),
         uneven=family.uneven,
     )

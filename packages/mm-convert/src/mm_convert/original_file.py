@@ -7,7 +7,7 @@ from pathlib import Path
 from mm_convert.errors import ModelError
 from mm_convert.families import Family
 from mm_convert.huggingface import HuggingFaceFolder
-from mm_convert.plan import Ref
+from mm_convert.plans import Ref
 from mm_convert.safetensors_file import read_safetensors
 from mm_convert.torch_file import read_weights_file
 

@@ -11,9 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mm_convert.errors import OutputAccessError, OutputExistsError
-
-# One of these stands in every folder that this package writes; no other folder is ever replaced.
-MARKS = ("latest_checkpointed_iteration.txt", "config.json", "adapter_config.json")
+from mm_convert.megatron import TRACKER
 
 
 def check_free(target: Path, *, overwrite: bool, sources: Iterable[Path] = ()) -> None:
@@ -36,11 +34,19 @@ def check_free(target: Path, *, overwrite: bool, sources: Iterable[Path] = ()) -
         return
     if not overwrite:
         raise OutputExistsError(f"{target} exists and is not empty; choose another folder or add --overwrite")
-    if not any((target / mark).is_file() for mark in MARKS):
+    if not _is_checkpoint(target):
         raise OutputExistsError(f"{target} is no checkpoint, so it is not replaced; choose another folder")
     for source in sources:
         if source.resolve().is_relative_to(target.resolve()):
             raise OutputExistsError(f"{target} can't be replaced: {source}, which is read, stands in it")
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is of a kind that this package writes; many a folder that has a ``config.json`` is none."""
+    if (folder / TRACKER).is_file():
+        return True
+    configured = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+    return configured and any(folder.glob("*.safetensors"))
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
-from mm_convert.plan import Spec
+from mm_convert.plans import Spec
 from mm_convert.restricted_pickle import STORAGES, UNTYPED
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mm_convert.errors import CheckpointError, LayoutError
 from mm_convert.families.family import Family, ModelSizes
 from mm_convert.layout import PARTS, RANK_FILE, Layout
-from mm_convert.plan import ZEROS, Ref, Segment, Spec, Specs, listed
+from mm_convert.plans import ZEROS, Ref, Segment, Spec, Specs, listed
 from mm_convert.rules import ZERO, Rule, is_turned
 
 
@@ -38,7 +38,7 @@ def relate(
     """
     family.check(layout)
     sizes.check(layout)
-    found = _by_canonical_name(family, hf)
+    found = by_canonical_name(family, hf)
     relation = _Relation(layout=layout, hf=hf, targets={}, segments=[])
     used: set[str] = set()
     missing: list[str] = []
@@ -182,7 +182,12 @@ def _places(rule: Rule, layout: Layout) -> list[tuple[int, int, int]]:
     return layers if rule.where == "layer" else [layer for layer in layers if layer[1] == rule.where]
 
 
-def _by_canonical_name(family: Family, hf: Specs) -> dict[str, Ref]:
+def by_canonical_name(family: Family, hf: Specs) -> dict[str, Ref]:
+    """The tensors of a Hugging Face folder by the names that the rules use.
+
+    Raises:
+        CheckpointError: two have one name.
+    """
     found: dict[str, Ref] = {}
     for ref in hf:
         other = found.setdefault(family.canonical(ref.name), ref)

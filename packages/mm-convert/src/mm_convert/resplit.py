@@ -15,7 +15,7 @@ from mm_convert.families import Family
 from mm_convert.families.family import ModelSizes
 from mm_convert.layout import RANK_FILE, Layout
 from mm_convert.megatron import MegatronFolder
-from mm_convert.plan import Plan, Ref, Segment, Spec, Specs, listed
+from mm_convert.plans import Plan, Ref, Segment, Spec, Specs, listed
 from mm_convert.relate import Instance, check_same, instances, relate
 from mm_convert.rules import ZERO, Operation, Rule, Shape, Transposed
 
@@ -36,7 +36,7 @@ def plan_resplit(family: Family, sizes: ModelSizes, mm: MegatronFolder, target: 
     between = paper_tensors(family, sizes, mm)
     held, there = relate(family, sizes, mm.layout, between)
     check_same(mm.tensors, held, str(mm.directory))
-    _check_dtypes(mm, held)
+    check_dtypes(mm, held)
     targets, onwards = relate(family, sizes, target, between)
     return Plan.build(mm.tensors, targets, compose(there, onwards))
 
@@ -167,7 +167,8 @@ def _on_each_rank(layout: Layout, instance: Instance, tp_size: int) -> list[Ref]
     return [Ref(f"{folder}/{RANK_FILE}", section, instance.mm) for folder in folders]
 
 
-def _check_dtypes(mm: MegatronFolder, held: Specs) -> None:
+def check_dtypes(mm: MegatronFolder, held: Specs) -> None:
+    """Raise CheckpointError if a rank holds a tensor in another dtype than expected."""
     wrong = [
         f"{ref.file}: {ref.name} is {mm.tensors[ref].dtype}, elsewhere {spec.dtype}"
         for ref, spec in held.items()

@@ -14,7 +14,7 @@ from math import prod
 from typing import IO, Any
 
 from mm_convert.errors import CheckpointError
-from mm_convert.plan import BYTES, Spec
+from mm_convert.plans import BYTES, Spec
 
 STORAGES = {
     "F64": "DoubleStorage",

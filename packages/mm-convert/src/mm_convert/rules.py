@@ -2,7 +2,7 @@
 
 Every operation of these layouts is a rearrangement: each rank's tensor is a concatenation of slices
 of the source tensors, along one dimension. So an operation only has to name those slices, and a rule
-read backwards is the same slices with the arrow turned round (see :mod:`mm_convert.plan`).
+read backwards is the same slices with the arrow turned round (see :mod:`mm_convert.plans`).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_convert.errors import CheckpointError
-from mm_convert.plan import BYTES, Ref, Spec
+from mm_convert.plans import BYTES, Ref, Spec
 from mm_convert.stacked import offsets_of_parts, stacked
 from mm_convert.stored import StoredFile
 

@@ -10,15 +10,15 @@ from typing import Any
 
 from mm_convert.comparing import Side, differing_elements, segment_bytes
 from mm_convert.convert import Converter
-from mm_convert.errors import ModelError
-from mm_convert.families import CONVERTERS, Family
-from mm_convert.families.canonical import is_canonical, unfused
+from mm_convert.errors import CheckpointError, ModelError
+from mm_convert.families import CONVERTERS
+from mm_convert.families.canonical import as_it_stands, is_canonical
 from mm_convert.huggingface import HuggingFaceFolder
 from mm_convert.inspection import converters_for, converters_of, inspect, is_megatron, trusted_manifest
-from mm_convert.journal import MANIFEST
+from mm_convert.journal import MANIFEST, short_name
 from mm_convert.megatron import MegatronFolder
-from mm_convert.model_sizes import sizes_on_disk
-from mm_convert.plan import ZEROS, Plan, Ref, Segment, Spec, Specs
+from mm_convert.model_sizes import heads, sizes_on_disk
+from mm_convert.plans import ZEROS, Plan, Ref, Segment, Spec, Specs
 from mm_convert.progress import progress
 from mm_convert.relate import relate
 from mm_convert.resplit import compose, paper_tensors
@@ -87,20 +87,33 @@ def verify(a: str | Path, b: str | Path, *, full: bool = False) -> Comparison:
     if isinstance(second, HuggingFaceFolder) and isinstance(first, MegatronFolder):
         # The rules lead from Hugging Face to Megatron.
         return _compare(second, first, Path(b), Path(a), full=full)
-    if _is_no_model(first) and not _is_no_model(second):
-        # Comparing across layouts begins at a whole model.
+    megatron = isinstance(first, MegatronFolder) and isinstance(second, MegatronFolder)
+    if megatron and _begins_badly(first) > _begins_badly(second):
         return _compare(second, first, Path(b), Path(a), full=full)
     return _compare(first, second, Path(a), Path(b), full=full)
 
 
-def _is_no_model(folder: Folder) -> bool:
-    return isinstance(folder, MegatronFolder) and not converters_of(folder)
+def _begins_badly(folder: Folder) -> tuple[bool, bool]:
+    """Comparing across layouts begins at a whole model, and best where nothing is fused: nothing tells how long each of
+    several fused tensors is."""
+    whole = isinstance(folder, MegatronFolder) and bool(converters_of(folder))
+    return not whole, not _stands_apart(folder)
+
+
+def _stands_apart(folder: Folder) -> bool:
+    return is_canonical(ref.name for ref in folder.tensors)
 
 
 def _open(path: Path) -> Folder:
     if is_megatron(path):
         return MegatronFolder.open(path)
-    inspect(path)  # raises, with the reason, unless it is a Hugging Face folder
+    kind = inspect(path).kind  # raises, with the reason, where there is no checkpoint
+    if kind != "huggingface":
+        commands = "torch_dist_to_hf and torch_dist_to_mm make" if kind == "torch_dist" else "dcp_to_hf makes"
+        raise CheckpointError(
+            f"{path} is a distributed checkpoint; verify and diff compare Hugging Face and Megatron-style folders:"
+            f" {commands} one of it"
+        )
     hf = HuggingFaceFolder.open(path)
     names = converters_for(hf)
     return hf.unstacked(CONVERTERS[names[0]].stacked) if names else hf
@@ -124,7 +137,7 @@ def _related(a: Folder, b: Folder) -> tuple[dict[Ref, Spec], list[Segment]]:
     if isinstance(a, HuggingFaceFolder) and isinstance(b, HuggingFaceFolder):
         return _by_name(a, b)
     if isinstance(a, MegatronFolder) and isinstance(b, MegatronFolder):
-        if a.layout == b.layout and len({is_canonical(r.name for r in mm.tensors) for mm in (a, b)}) == 1:
+        if a.layout == b.layout and _stands_apart(a) == _stands_apart(b):
             same = [Segment(ref, 0, ref, 0, (spec.shape or (1,))[0], 0) for ref, spec in a.tensors.items()]
             return dict(a.tensors), same
         return _resplit(a, b)
@@ -132,8 +145,9 @@ def _related(a: Folder, b: Folder) -> tuple[dict[Ref, Spec], list[Segment]]:
         names = converters_for(a)
         if not names:
             raise ModelError(f"{a.directory}: no converter knows model_type {a.config.get('model_type')!r}")
-        canonical = is_canonical(ref.name for ref in b.tensors)
-        plan = Converter.named(names[0], canonical=canonical).plan_hf_to_mm(a, b.layout)
+        converter = Converter.named(names[0], canonical=_stands_apart(b))
+        converter.sizes(a).check_whole(b.layout, b.directory)
+        plan = converter.plan_hf_to_mm(a, b.layout)
         return dict(plan.targets), _segments(plan)
     raise AssertionError("verify puts the Hugging Face folder first")
 
@@ -145,16 +159,19 @@ def _resplit(a: MegatronFolder, b: MegatronFolder) -> tuple[dict[Ref, Spec], lis
             f"neither {a.directory} nor {b.directory} holds just the tensors of a model that a converter knows; folders"
             " of one layout can be compared all the same"
         )
-    of_a, of_b = (_structure(CONVERTERS[names[0]], folder) for folder in (a, b))
+    of_a, of_b = (as_it_stands(CONVERTERS[names[0]], (r.name for r in mm.tensors)) for mm in (a, b))
+    if _stands_apart(a) != _stands_apart(b) and None in heads(of_a, a):
+        raise ModelError(
+            f"one of {a.directory} and {b.directory} holds query, key and value apart, the other fused: where each head"
+            " stands can't be told of a model that is none of the published sizes; compare both with its Hugging Face"
+            " folder"
+        )
     sizes = sizes_on_disk(of_a, a, b.layout, legal=True)
+    sizes.check_whole(b.layout, b.directory)
     between = paper_tensors(of_a, sizes, a)
     _, there = relate(of_a, sizes, a.layout, between)
     targets, onwards = relate(of_b, sizes, b.layout, between)
     return targets, _segments(Plan.build(a.tensors, targets, compose(there, onwards)))
-
-
-def _structure(family: Family, mm: MegatronFolder) -> Family:
-    return unfused(family) if is_canonical(ref.name for ref in mm.tensors) else family
 
 
 def _by_name(a: HuggingFaceFolder, b: HuggingFaceFolder) -> tuple[dict[Ref, Spec], list[Segment]]:
@@ -222,7 +239,7 @@ def _made_from(path: Path, source: Folder, source_path: Path) -> bool:
     manifest = trusted_manifest(path)
     if manifest is None or trusted_manifest(source_path) is None or not isinstance(source, MegatronFolder):
         return False
-    files = {_short(file.path): {"size": file.size, "fingerprint": file.digest} for file in source.files.values()}
+    files = {short_name(file.path): {"size": file.size, "fingerprint": file.digest} for file in source.files.values()}
     return manifest.get("sources") == files and _older(source.files.values(), path / MANIFEST)
 
 
@@ -243,10 +260,6 @@ def _crcs(path: Path, folder: Folder) -> dict[str, str] | None:
 def _older(files: Iterable[StoredFile], than: Path) -> bool:
     made = than.stat().st_mtime_ns
     return all(max(file.mtime_ns, file.path.stat().st_ctime_ns) <= made for file in files)
-
-
-def _short(path: Path) -> str:
-    return f"{path.parent.name}/{path.name}" if path.parent.name.startswith("mp_rank_") else path.name
 
 
 def _name(ref: Ref) -> str:

@@ -10,7 +10,7 @@ from mm_convert.errors import CheckpointError
 from mm_convert.families.family import Family, ModelSizes
 from mm_convert.huggingface import HuggingFaceFolder
 from mm_convert.layout import Layout, Part
-from mm_convert.plan import Ref, Spec, Specs, listed
+from mm_convert.plans import Ref, Spec, Specs, listed
 from mm_convert.relate import instances
 from mm_convert.rules import ZERO
 from mm_convert.stacked import whole

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mm_convert.plan import Ref, Spec, Specs
+from mm_convert.plans import Ref, Spec, Specs
 
 if TYPE_CHECKING:
     from mm_convert.stored import Name, StoredFile

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mm_convert.errors import CheckpointError
-from mm_convert.plan import Spec
+from mm_convert.plans import Spec
 
 Name = tuple[str, str]
 """A tensor's section and name."""

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from mm_convert.errors import OutputExistsError
-from mm_convert.execute import Target, execute
+from mm_convert.execution import Target, execute
 from mm_convert.huggingface import INDEX, HuggingFaceFolder
 from mm_convert.journal import MANIFEST
 from mm_convert.layout import Layout
 from mm_convert.megatron import CHECKPOINT_VERSION, RANK_FILE, TRACKER
 from mm_convert.output import check_free, resolved
-from mm_convert.plan import Plan, Specs
+from mm_convert.plans import Plan, Specs
 from mm_convert.safetensors_file import SafetensorsLayout
 from mm_convert.stacked import whole
 from mm_convert.stored import StoredFile

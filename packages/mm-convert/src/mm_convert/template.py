@@ -10,7 +10,7 @@ from mm_convert.errors import ModelError
 from mm_convert.families.family import Family, ModelSizes
 from mm_convert.huggingface import HuggingFaceFolder
 from mm_convert.megatron import MegatronFolder
-from mm_convert.plan import Plan, Ref, Segment, Spec, Specs
+from mm_convert.plans import Plan, Ref, Segment, Spec, Specs
 from mm_convert.relate import check_same, relate
 
 

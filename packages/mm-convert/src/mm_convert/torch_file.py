@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_convert.errors import CheckpointError
-from mm_convert.plan import Spec
+from mm_convert.plans import Spec
 from mm_convert.restricted_pickle import PickledTensor, unpickle
 from mm_convert.stored import Name, StoredFile
 

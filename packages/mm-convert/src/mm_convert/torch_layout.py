@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mm_convert import pickling
-from mm_convert.plan import Ref, Spec
+from mm_convert.plans import Ref, Spec
 
 ALIGNMENT = 64
 LIMIT = 0xFFFFFFFF  # a 32-bit field with this value says: see the zip64 field

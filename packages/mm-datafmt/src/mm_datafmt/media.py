@@ -3,72 +3,102 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 import warnings
 import zlib
-from functools import lru_cache
-from pathlib import Path, PurePath
+from collections.abc import Callable
+from functools import lru_cache, partial
+from pathlib import Path
 
-from .errors import FolderError, RecordError, shown
+from .errors import FolderError, OptionError, RecordError, shown
 
 _REMEMBERED = 1 << 17
+_PLAIN = re.compile(r"[\w-][\w .-]*(?:/[\w-][\w .-]*)*", re.ASCII)  # nothing to resolve, on no system
+
+MEDIA_CHECKS = ("verify", "exists", "none")
+"""How closely media are looked at: opened and verified, looked for, or not at all (paths are checked as text)."""
+
+LARGEST_IMAGE = 128 << 20
+"""Largest image file in bytes that is opened: Pillow reads some kinds whole, and others byte by byte."""
+
+LONGEST_PATH = 4096  # Linux's PATH_MAX; other systems allow less
 
 
 class MediaFolder:
     """Media paths relative to ``image_dir``, to be stored relative to ``dataset_dir``.
 
-    Raises :class:`FolderError` where either is not a folder. Verdicts are remembered: sets in the manner of LLaVA
-    name each image several times.
+    ``check`` is one of :data:`MEDIA_CHECKS`. Raises :class:`FolderError` where either is not a folder. Verdicts are
+    remembered: sets in the manner of LLaVA name each image several times.
     """
 
-    def __init__(self, image_dir: Path, dataset_dir: Path) -> None:
+    def __init__(self, image_dir: Path, dataset_dir: Path, *, check: str = "verify") -> None:
+        if check not in MEDIA_CHECKS:
+            raise OptionError(f"check is {check!r}; legal are {', '.join(MEDIA_CHECKS)}")
         for name, folder in (("image_dir", image_dir), ("dataset_dir", dataset_dir)):
             if not folder.is_dir():
                 raise FolderError(f"{name} {shown(str(folder), 300)} is not an existing folder")
         self._image_dir = _absolute(image_dir)
         self._dataset_dir = _absolute(dataset_dir)
-        self._remembered = lru_cache(maxsize=_REMEMBERED)(self._judge)
+        self._check = check
+        self._prefix = self._image_dir.rstrip("/") + "/"
+        # Each returns the stored form of a path, or why it cannot be used; of images alone the content is looked at.
+        self.image: Callable[[str], str | RecordError] = self._remembering("image")
+        self.video: Callable[[str], str | RecordError] = self._remembering("video")
+        self.audio: Callable[[str], str | RecordError] = self._remembering("audio")
 
-    def image(self, path: str) -> str | RecordError:
-        """Return the stored form of an image's ``path``, or why it cannot be used."""
-        return self._remembered(path, True)
+    def _remembering(self, kind: str) -> Callable[[str], str | RecordError]:
+        remembered = lru_cache(maxsize=_REMEMBERED)(partial(self._judge, kind))
+        # What is longer than any path would fill the memory.
+        return lambda path: remembered(path) if len(path) <= LONGEST_PATH else self._judge(kind, path)
 
-    def video(self, path: str) -> str | RecordError:
-        """Return the stored form of a video's ``path``, or why not; its content is not looked at."""
-        return self._remembered(path, False)
-
-    def _judge(self, path: str, is_image: bool) -> str | RecordError:
+    def _judge(self, kind: str, path: str) -> str | RecordError:
         try:
             file = self._file(path)
-            if is_image and (fault := _image_fault(file)) is not None:
-                raise RecordError(f"image {shown(path)} {fault}", code="bad_image")
-            if not is_image and not Path(file).stat().st_size:
-                raise RecordError(f"video {shown(path)} is an empty file", code="bad_video")
+            if self._check == "verify":
+                self._verify(file, path, kind)
             return self._stored(file, path)
         except RecordError as fault:
             return fault.with_traceback(None)  # the frames would be remembered with it
 
-    def _file(self, path: str) -> str:
-        """Return the full path of an existing file inside ``image_dir``; ``..`` is resolved as text."""
-        file = os.path.normpath(os.path.join(self._image_dir, path))  # noqa: PTH118 - pathlib keeps ".."
-        if not PurePath(file).is_relative_to(self._image_dir):
+    def _verify(self, file: str, path: str, kind: str) -> None:
+        if kind == "image" and (fault := _image_fault(file)) is not None:
+            raise RecordError(f"image {shown(path)} {fault}", code="bad_image")
+        if kind != "image" and not Path(file).stat().st_size:
+            raise RecordError(f"{kind} {shown(path)} is an empty file", code=f"bad_{kind}")
+
+    def _place(self, path: str) -> str:
+        """Return the full path that ``path`` means, inside ``image_dir``; ``..`` is resolved as text."""
+        if _PLAIN.fullmatch(path):
+            file = self._prefix + path
+        else:
+            file = os.path.normpath(os.path.join(self._image_dir, path))  # noqa: PTH118 - pathlib keeps ".."
+        if not _is_inside(file, self._image_dir):
             raise RecordError(
                 f"path {shown(path)} leads out of the folder {shown(self._image_dir, 300)}; "
                 "paths must be relative to image_dir and stay inside it",
                 code="path_escapes",
             )
+        return file
+
+    def _file(self, path: str) -> str:
+        """Return the full path of an existing file inside ``image_dir``."""
+        file = self._place(path)
+        if self._check == "none":
+            return file
         try:
             found = Path(file).is_file()
         except (OSError, ValueError):  # a NUL, a lone surrogate, a name too long, a loop of links
             found = False
         if not found:
-            raise RecordError(f"{shown(path)} is missing: no file {shown(file, 300)}", code="missing_file")
+            raise missing(path, file)
         return file
 
     def _stored(self, file: str, path: str) -> str:
-        place, folder = Path(file), Path(self._dataset_dir)
-        if not place.is_relative_to(folder):  # as written it is outside; is it, once links are followed?
-            place, folder = place.resolve(), folder.resolve()
+        if _is_inside(file, self._dataset_dir):
+            return file[len(self._dataset_dir.rstrip(os.sep)) + 1 :].replace(os.sep, "/")
+        # As written it is outside; is it, once links are followed?
+        place, folder = Path(file).resolve(), Path(self._dataset_dir).resolve()
         if place.is_relative_to(folder):
             return place.relative_to(folder).as_posix()
         raise RecordError(
@@ -76,6 +106,16 @@ class MediaFolder:
             "an absolute path would not survive a move; set --dataset_dir to a folder that holds the images",
             code="outside_dataset_dir",
         )
+
+
+def missing(path: str, file: str) -> RecordError:
+    """Return the fault of a ``path`` that would be ``file``, where there is none."""
+    return RecordError(f"{shown(path)} is missing: no file {shown(file, 300)}", code="missing_file")
+
+
+def _is_inside(file: str, folder: str) -> bool:
+    """Return whether a normal path lies in a folder, as text: pathlib would take as long as decoding the record."""
+    return file.startswith(folder.rstrip(os.sep) + os.sep)
 
 
 def _absolute(folder: Path) -> str:
@@ -94,8 +134,12 @@ def _image_fault(file: str) -> str | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Path(file).open("rb") as handle, Image.open(handle) as image:
-                image.verify()
+            with Path(file).open("rb") as handle:
+                size = os.fstat(handle.fileno()).st_size
+                if size > LARGEST_IMAGE:
+                    return f"is a file of {size} bytes; files above {LARGEST_IMAGE} are not opened"
+                with Image.open(handle) as image:
+                    image.verify()
     except Image.DecompressionBombError as error:
         return f"claims too many pixels: {error}"
     except UnidentifiedImageError:

@@ -17,6 +17,7 @@ def image_token_count(
     patch_size: int = 14,
     merge_size: int = 2,
     pixel_cap: int | None = None,
+    pixel_floor: int = 0,
 ) -> int:
     """Return the number of ``<|image_pad|>`` tokens that an image of ``width`` by ``height`` pixels becomes.
 
@@ -26,16 +27,49 @@ def image_token_count(
     the published Qwen2.5-VL checkpoints.
 
     ``pixel_cap`` adds the step that MindSpeed MM (``image_max_pixels``, 262144 in its examples) and LLaMA-Factory run
-    before that processor: shrink to at most ``pixel_cap`` pixels, then widen a side below one square (28 pixels) to it,
-    then shorten the long side of an image of aspect above 200 to 180 times the short one.
+    before that processor: shrink to at most ``pixel_cap`` pixels, enlarge to at least ``pixel_floor`` (their
+    ``image_min_pixels``), then widen a side below one square (28 pixels) to it, then shorten the long side of an image
+    of aspect above 200 to 180 times the short one.
+
+    A turned picture (an EXIF orientation that is or is not applied) costs the same: the rule is symmetric.
 
     >>> image_token_count(640, 480)
     391
     >>> image_token_count(640, 480, pixel_cap=262144)
     336
 
-    Raises ``ValueError`` for sizes below 1, for limits that contradict each other, and for an aspect ratio above 200
-    when no ``pixel_cap`` is given: the processor refuses such an image.
+    Raises ``ValueError`` for sizes below 1, for limits that contradict each other, for an aspect ratio above 200 when
+    no ``pixel_cap`` is given (the processor refuses such an image), and for a line so thin that the cap's shrinking
+    leaves it no pixel (the trainer fails there).
+    """
+    factor = patch_size * merge_size
+    size = resized_size(
+        width,
+        height,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        patch_size=patch_size,
+        merge_size=merge_size,
+        pixel_cap=pixel_cap,
+        pixel_floor=pixel_floor,
+    )
+    return (size[0] // factor) * (size[1] // factor)
+
+
+def resized_size(
+    width: int,
+    height: int,
+    *,
+    min_pixels: int = 3136,
+    max_pixels: int = 12845056,
+    patch_size: int = 14,
+    merge_size: int = 2,
+    pixel_cap: int | None = None,
+    pixel_floor: int = 0,
+) -> tuple[int, int]:
+    """Return the width and height at which Qwen2.5-VL sees a picture: whole squares of ``patch_size * merge_size``.
+
+    The arguments, the rule and ``ValueError`` are those of :func:`image_token_count`.
     """
     _require_positive(width=width, height=height, min_pixels=min_pixels, patch_size=patch_size, merge_size=merge_size)
     if max_pixels < min_pixels:
@@ -43,9 +77,8 @@ def image_token_count(
     factor = patch_size * merge_size
     if pixel_cap is not None:
         _require_positive(pixel_cap=pixel_cap)
-        width, height = _capped_size(width, height, pixel_cap, factor)
-    width, height = _resized_size(width, height, min_pixels, max_pixels, factor)
-    return (width // factor) * (height // factor)
+        width, height = _capped_size(width, height, pixel_cap, pixel_floor, factor)
+    return _resized_size(width, height, min_pixels, max_pixels, factor)
 
 
 def _require_positive(**values: int) -> None:
@@ -54,10 +87,13 @@ def _require_positive(**values: int) -> None:
             raise ValueError(f"{name} is {value}; it must be at least 1")
 
 
-def _capped_size(width: int, height: int, pixel_cap: int, factor: int) -> tuple[int, int]:
-    if width * height > pixel_cap:
-        scale = math.sqrt(pixel_cap / (width * height))
-        width, height = int(width * scale), int(height * scale)
+def _capped_size(width: int, height: int, pixel_cap: int, pixel_floor: int, factor: int) -> tuple[int, int]:
+    for wrong, pixels in ((width * height > pixel_cap, pixel_cap), (width * height < pixel_floor, pixel_floor)):
+        if wrong:
+            scale = math.sqrt(pixels / (width * height))
+            width, height = int(width * scale), int(height * scale)
+        if not width or not height:
+            raise ValueError(f"shrinking the image to {pixel_cap} pixels leaves a side of none; crop the image")
     width, height = max(width, factor), max(height, factor)
     if width > _MAX_ASPECT * height:
         width = _CAPPED_ASPECT * height

@@ -1,14 +1,15 @@
-"""One JSON array on disk, complete or not there."""
+"""Files that grow under a temporary name, can be continued, and appear when they are complete."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
-from .errors import FolderError, TargetError, shown
+from .errors import FolderError, ResumeError, TargetError, shown
+
+JOURNAL = "journal"
 
 
 def require_writable(target: Path, *, overwrite: bool) -> None:
@@ -21,29 +22,69 @@ def require_writable(target: Path, *, overwrite: bool) -> None:
         raise TargetError(f"{shown(str(target), 300)} exists already; add --overwrite to replace it")
 
 
-@contextmanager
-def json_array(target: Path, *, overwrite: bool) -> Iterator[Callable[[dict[str, object]], None]]:
-    """Give a function that writes one record; ``target`` appears when the block ends without an error.
+def part_of(target: Path, suffix: str = "part") -> Path:
+    """Return the name beside ``target`` under which it grows."""
+    return target.with_name(f".{target.name}.{suffix}")
 
-    The array is UTF-8, not ASCII-escaped, one record a line. It grows under a temporary name beside ``target``, which
-    is removed if anything ends the block early, Ctrl-C included.
+
+class RecordFile:
+    """One output: a JSON array, one record a line, or JSON lines if its name ends in ``.jsonl``.
+
+    ``size`` bytes of an interrupted attempt are kept, 0 to begin anew. UTF-8, not ASCII-escaped. Raises
+    :class:`ResumeError` if the attempt is not there.
     """
-    require_writable(target, overwrite=overwrite)
-    temporary = target.with_name(f".{target.name}.{os.urandom(4).hex()}.tmp")
-    try:
-        with temporary.open("x", encoding="utf-8", newline="\n") as file:
-            separator = "[\n"
 
-            def write(record: dict[str, object]) -> None:
-                nonlocal separator
-                file.write(separator + json.dumps(record, ensure_ascii=False))
-                separator = ",\n"
+    def __init__(self, target: Path, *, size: int = 0, overwrite: bool = False) -> None:
+        self.target = target
+        self._overwrite = overwrite
+        self._part = part_of(target)
+        self._by_lines = target.suffix == ".jsonl"
+        if size and (not self._part.is_file() or self._part.stat().st_size < size):
+            raise ResumeError(f"nothing to go on from: {self._part} is missing or too short; run without --resume")
+        self._file: BinaryIO = self._part.open("r+b" if size else "wb")
+        self._file.truncate(size)
+        self._file.seek(size)
+        self.size = size
 
-            yield write
-            file.write("[]\n" if separator == "[\n" else "\n]\n")
-            file.flush()
-            os.fsync(file.fileno())
-        require_writable(target, overwrite=overwrite)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    def write(self, records: Sequence[bytes]) -> None:
+        """Append encoded records."""
+        if not records:
+            return
+        if self._by_lines:
+            data = b"\n".join(records) + b"\n"
+        else:
+            data = (b",\n" if self.size else b"[\n") + b",\n".join(records)
+        self.size += self._file.write(data)
+
+    def flush(self) -> None:
+        """Let the disk have everything."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def finish(self) -> None:
+        """Complete the file and give it its name, as :meth:`complete` and :meth:`appear` do."""
+        self.complete()
+        self.appear()
+
+    def complete(self) -> None:
+        """Write the end, and let the disk have everything; the name is still the temporary one."""
+        if not self._by_lines:
+            self._file.write(b"\n]\n" if self.size else b"[]\n")
+        self.flush()
+        self._file.close()
+
+    def appear(self) -> None:
+        """Give the complete file its name. Raises :class:`TargetError` if that was taken meanwhile."""
+        require_writable(self.target, overwrite=self._overwrite)
+        self._part.replace(self.target)
+
+    def close(self) -> None:
+        """Stop; what was written stays under the temporary name."""
+        self._file.close()
+
+    def remove(self) -> None:
+        """Stop, and leave nothing."""
+        try:
+            self._file.close()
+        finally:  # what a full disk has not taken is not needed
+            self._part.unlink(missing_ok=True)

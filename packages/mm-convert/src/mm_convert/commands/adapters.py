@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mm_convert.commands.generative import PipelineConfig
-from mm_convert.commands.options import GivenParallelConfig, OptionalHfConfig, ParallelConfig
+from mm_convert.commands.options import GivenParallelConfig, OptionalHfConfig, ParallelConfig, Structure, UnusedHfConfig
 from mm_convert.errors import ModelError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterStructure:
+class AdapterStructure(Structure):
     """The structure of the Megatron side, and how names are spelt on the other.
 
     Args:
@@ -44,9 +44,6 @@ class AdapterStructure:
     """
 
     enable_canonical_hf_struct: bool = True
-    new_transformers_weight_key: bool = False
-    model_prefix: str | None = None
-    llm_hf_dir: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +56,8 @@ class LoraHfToMm:
         parallel_config: the Megatron side; the layer lists count all layers of the model.
         common_model_config: names.
         base_dir: folder with the base model's config.json, if not hf_dir or its base_model_name_or_path.
+        llm_hf_config: of no effect, as published.
+        save_vit_only: of no effect, as published; --allow-unused leaves adapters out.
         trust_remote_code: accepted, and of no effect; no code of a model is ever run.
     """
 
@@ -67,6 +66,8 @@ class LoraHfToMm:
     parallel_config: ParallelConfig
     common_model_config: AdapterStructure = field(default_factory=AdapterStructure)
     base_dir: str | None = None
+    llm_hf_config: UnusedHfConfig = field(default_factory=UnusedHfConfig)
+    save_vit_only: bool = False
     trust_remote_code: bool = False
 
     def prepare(self, converter: Converter, options: Any) -> Conversion:
@@ -92,6 +93,7 @@ class LoraMmToHf:
         base_dir: folder with the base model's config.json, if not the template or its base_model_name_or_path.
         lora_alpha: for an adapter_config.json that is made, where none can be copied.
         use_rslora: likewise.
+        llm_hf_config: of no effect, as published.
         trust_remote_code: accepted, and of no effect; no code of a model is ever run.
     """
 
@@ -103,6 +105,7 @@ class LoraMmToHf:
     base_dir: str | None = None
     lora_alpha: float | None = None
     use_rslora: bool = False
+    llm_hf_config: UnusedHfConfig = field(default_factory=UnusedHfConfig)
     trust_remote_code: bool = False
 
     def prepare(self, converter: Converter, options: Any) -> Conversion:

@@ -1,13 +1,13 @@
 """``hf_to_dcp``, ``dcp_to_hf`` and the commands of ``torch_dist``: their options, and what they plan.
 
-The published DCP commands have flat options (``--hf_dir``), under names that differ from converter to converter; they
-are read as well as ``--cfg.…``, which all commands here have.
+The published DCP commands have flat options, under names that differ from converter to converter: see
+:mod:`mm_convert.commands.spelling`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,30 +27,8 @@ HELP = {
 }
 # Converters that the published tool has for FSDP2 alone, and their ``dcp_prefix``.
 PREFIXES = {"GenericDCPConverter": "", "Qwen3VLConverter": "model.", "Qwen35Converter": ""}
-# The published spellings of the flat options; each converter has its own.
-FLAT = {
-    "hf_to_dcp": {
-        "hf_dir": "cfg.hf_dir",
-        "dcp_dir": "cfg.dcp_dir",
-        "save_dir": "cfg.dcp_dir",
-        "dcp_prefix": "cfg.dcp_prefix",
-        "tie_weight_mapping": "cfg.tie_weight_mapping",
-        "new_transformers_weight_key": "cfg.new_transformers_weight_key",
-        "num_workers": "workers",
-    },
-    "dcp_to_hf": {
-        "dcp_dir": "cfg.dcp_dir",
-        "load_dir": "cfg.dcp_dir",
-        "hf_dir": "cfg.hf_dir",
-        "origin_hf_dir": "cfg.hf_dir",
-        "model_assets_dir": "cfg.hf_dir",
-        "save_hf_dir": "cfg.save_hf_dir",
-        "save_dir": "cfg.save_hf_dir",
-        "dcp_prefix": "cfg.dcp_prefix",
-        "tie_weight_mapping": "cfg.tie_weight_mapping",
-        "num_workers": "workers",
-    },
-}
+# Their commands.
+FSDP2 = ("hf_to_dcp", "dcp_to_hf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,26 +197,6 @@ COMMANDS: dict[str, tuple[type, Callable[..., Conversion]]] = {
     "mm_to_torch_dist": (MmToTorchDist, mm_to_torch_dist),
     "torch_dist_to_mm": (TorchDistToMm, torch_dist_to_mm),
 }
-
-
-def with_cfg(converter: str, command: str, arguments: Sequence[str]) -> list[str]:
-    """The command line with the published flat options spelled ``--cfg.…``; the rest as it is.
-
-    The converter's own prefix stands in front, where a given one overrides it. ``--num_workers 0``, which says "one
-    after the other", becomes ``--workers 1``.
-    """
-    names = FLAT.get(command, {})
-    prefix = PREFIXES.get(converter) if command == "hf_to_dcp" else None
-    spelled = [f"--cfg.dcp_prefix={prefix}"] if prefix else []
-    after = ""
-    for argument in arguments:
-        name, equals, value = argument.removeprefix("--").partition("=")
-        if argument.startswith("--") and name in names:
-            spelled.append(f"--{names[name]}{equals}{'1' if (name, value) == ('num_workers', '0') else value}")
-        else:
-            spelled.append("1" if (after, argument) == ("--num_workers", "0") else argument)
-        after = argument
-    return spelled
 
 
 def _mapping(given: str | dict[str, str] | None) -> dict[str, str] | None:

@@ -45,25 +45,31 @@ class UnusedHfConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Structure:
-    """The structure of the Megatron side.
-
-    Args:
-        enable_canonical_hf_struct: query, key and value, and gate and up projection, stand apart (for adapters).
-    """
-
-    enable_canonical_hf_struct: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class StructureAndLanguageModel(Structure):
     """The structure of the Megatron side, and where its language model comes from.
 
     Args:
         enable_canonical_hf_struct: query, key and value, and gate and up projection, stand apart (for adapters).
-        llm_hf_dir: folder whose language model takes the place of the model's own.
+        llm_hf_dir: folder whose language model takes the place of the model's own; of no effect in mm_to_hf.
+        new_transformers_weight_key: accepted, and of no effect here; names are found, and --hf_naming chooses them.
+        model_prefix: accepted, and of no effect here, as published.
+        num_experts: accepted, and of no effect, as published; config.json says it.
+        num_key_value_heads: likewise.
+        llm_num_layers: likewise.
+        vit_num_layers: likewise.
+        audio_num_layers: likewise.
+        tie_word_embeddings: likewise.
     """
 
+    enable_canonical_hf_struct: bool = False
     llm_hf_dir: str | None = None
+    new_transformers_weight_key: bool = False
+    model_prefix: str | None = None
+    num_experts: int | None = None
+    num_key_value_heads: int | None = None
+    llm_num_layers: int | None = None
+    vit_num_layers: int | None = None
+    audio_num_layers: int | None = None
+    tie_word_embeddings: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +122,8 @@ class GivenParallelConfig:
         audio_pp_layers: audio layers, in the same shape.
         tp_size: tensor-parallel size.
         ep_size: expert-parallel size.
+        vit_tp_size: tensor-parallel size of the vision part; 0 for tp_size.
+        audio_tp_size: the same for the audio part.
     """
 
     llm_pp_layers: LayerLists | None = None
@@ -123,6 +131,8 @@ class GivenParallelConfig:
     audio_pp_layers: LayerLists | None = None
     tp_size: int | None = None
     ep_size: int | None = None
+    vit_tp_size: int | None = None
+    audio_tp_size: int | None = None
 
     def given(self) -> GivenLayout:
         """What is to be checked."""
@@ -132,6 +142,8 @@ class GivenParallelConfig:
             audio_pp_layers=self.audio_pp_layers,
             tp_size=self.tp_size,
             ep_size=self.ep_size,
+            vit_tp_size=self.vit_tp_size,
+            audio_tp_size=self.audio_tp_size,
         )
 
 
@@ -152,7 +164,7 @@ class HfToMm:
     mm_dir: str
     hf_config: HfConfig
     parallel_config: ParallelConfig
-    common_model_config: StructureAndLanguageModel = field(default_factory=StructureAndLanguageModel)
+    common_model_config: Structure = field(default_factory=Structure)
     llm_hf_config: UnusedHfConfig = field(default_factory=UnusedHfConfig)
     save_vit_only: bool = False
     trust_remote_code: bool = False
@@ -168,6 +180,7 @@ class MmToHf:
         hf_config: the Hugging Face side.
         parallel_config: the Megatron side, as a check against what is on disk.
         common_model_config: the structure of the Megatron side, as a check.
+        llm_hf_config: of no effect, as published.
         trust_remote_code: accepted, and of no effect; no code of a model is ever run.
     """
 
@@ -176,6 +189,7 @@ class MmToHf:
     hf_config: HfConfig
     parallel_config: GivenParallelConfig = field(default_factory=GivenParallelConfig)
     common_model_config: Structure = field(default_factory=Structure)
+    llm_hf_config: UnusedHfConfig = field(default_factory=UnusedHfConfig)
     trust_remote_code: bool = False
 
 

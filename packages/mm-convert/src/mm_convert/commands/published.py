@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mm_convert.commands import adapters, distributed, verbs
 from mm_convert.commands.generative import GenerativeHfToMm, GenerativeMmToHf, GenerativeResplit
 from mm_convert.commands.options import HfToMm, MmToHf, Resplit
+from mm_convert.commands.spelling import with_cfg
 from mm_convert.errors import ModelError
 from mm_convert.families import CONVERTERS
 
@@ -73,7 +74,7 @@ def without_version(converter: str, words: Sequence[str]) -> list[str]:
 def commands(converter: str) -> Mapping[str, Command]:
     """The commands of a converter."""
     if converter not in CONVERTERS:
-        return {name: distributed.COMMANDS[name] for name in distributed.FLAT}
+        return {name: distributed.COMMANDS[name] for name in distributed.FSDP2}
     generative = CONVERTERS[converter].generative
     if generative and CONVERTERS[converter].original_config:
         # No adapter of these is published in a form that says what it belongs to.
@@ -87,10 +88,11 @@ def commands(converter: str) -> Mapping[str, Command]:
 
 def build_parser(converter: str, command: str) -> ArgumentParser:
     """The options of one command of one converter: building them all would take as long as a conversion."""
-    from jsonargparse import ArgumentParser
     from jsonargparse.typing import PositiveInt
 
-    parser = ArgumentParser(
+    from mm_convert.commands.parser import CommandParser
+
+    parser = CommandParser(
         prog=f"mm-convert {converter} {command}",
         description=HELP[command],
         # jsonargparse puts one underscore behind it; between a command and its options stand two.
@@ -129,7 +131,7 @@ def run(converter: str, command: str, arguments: Sequence[str], *, plan: bool = 
         The exit code, and what was done or would be.
     """
     parser = build_parser(converter, command)
-    options = parser.instantiate(parser.parse_args(distributed.with_cfg(converter, command, arguments)))
+    options = parser.instantiate(parser.parse_args(with_cfg(converter, command, arguments)))
     planning = options.plan or plan
     if options.json and not planning:
         parser.error("--json goes with --plan")

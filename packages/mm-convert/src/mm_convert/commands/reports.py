@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from mm_convert.same_model import Comparison
 
 
+KINDS = {
+    "huggingface": "Hugging Face folder",
+    "megatron": "Megatron folder",
+    "dcp": "distributed checkpoint of an FSDP2 trainer (DCP)",
+    "torch_dist": "distributed checkpoint of megatron-core (torch_dist)",
+}
+
+
 def run(command: str, arguments: Sequence[str]) -> tuple[int, str]:
     """Parse and run a command.
 
@@ -28,7 +36,7 @@ def run(command: str, arguments: Sequence[str]) -> tuple[int, str]:
 
 
 def _inspect_options(parser: ArgumentParser) -> None:
-    parser.add_argument("path", help="Hugging Face or Megatron folder")
+    parser.add_argument("path", help="Hugging Face or Megatron folder, or a distributed checkpoint")
 
 
 def _inspect(options: Namespace) -> tuple[int, str]:
@@ -45,7 +53,7 @@ def _inspection_text(found: Inspection) -> str:
     dtypes = ", ".join(f"{dtype} ({count} tensors)" for dtype, count in found.dtypes.items())
     tied = {True: "yes", False: "no", None: "unknown"}[found.tied]
     rows = {
-        "kind": {"huggingface": "Hugging Face folder", "megatron": f"Megatron folder, {found.iteration}"}[found.kind],
+        "kind": KINDS[found.kind] + (f", {found.iteration}" if found.iteration else ""),
         "model": known(found.model_type),
         "converter": " or ".join(found.converters) or "unknown",
         "dtype": dtypes,
@@ -54,7 +62,8 @@ def _inspection_text(found: Inspection) -> str:
     }
     if found.layout is not None:
         layout = found.layout
-        rows["parallel"] = f"tp {layout.tp_size}, pp {layout.pp_size}, vpp {layout.vpp_size}"
+        ep = f", ep {layout.ep_size}" if layout.ep_size > 1 else ""
+        rows["parallel"] = f"tp {layout.tp_size}, pp {layout.pp_size}, vpp {layout.vpp_size}{ep}"
         rows["layers"] = str(layout)
     made = found.manifest
     rows["made by"] = f"mm-convert {made['mm_convert']}, {made['options']}" if made else "unknown (no manifest)"

@@ -13,16 +13,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from mm_convert.convert import Converter
 from mm_convert.distributed.description import metadata
 from mm_convert.distributed.folder import DistributedFolder
 from mm_convert.distributed.pieces import Piece, whole, with_sources
 from mm_convert.distributed.writing import DistcpLayout, Stored
 from mm_convert.errors import CheckpointError
-from mm_convert.execute import Target
+from mm_convert.execution import Target
 from mm_convert.families import Family
 from mm_convert.huggingface import HuggingFaceFolder
+from mm_convert.layout import Layout
 from mm_convert.megatron import CHECKPOINT_VERSION, TRACKER
-from mm_convert.plan import Plan, Ref, Segment, Spec, listed
+from mm_convert.plans import Plan, Ref, Segment, Spec, listed
 from mm_convert.rules import Shape
 from mm_convert.targets import Conversion, huggingface_target
 
@@ -180,11 +182,8 @@ def distributed_target(
 
 def check_family(family: Family, hf: HuggingFaceFolder) -> None:
     """Raise ConvertError unless the folder holds just the tensors of its configuration."""
-    from mm_convert.convert import Converter
-    from mm_convert.distributed.torch_dist import undivided
-
     converter = Converter(family=family)
-    converter.plan_hf_to_mm(hf, undivided(converter.sizes(hf)))
+    converter.plan_hf_to_mm(hf, Layout.undivided(converter.sizes(hf).layers))
 
 
 def _tied(hf: HuggingFaceFolder, tied: Mapping[str, str] | None, spell: Callable[[str], str]) -> list[tuple[Ref, str]]:

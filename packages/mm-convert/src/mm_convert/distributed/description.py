@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from mm_convert import pickling
 from mm_convert.distributed.writing import DistcpLayout, Stored
-from mm_convert.plan import Ref
+from mm_convert.plans import Ref
 from mm_convert.restricted_pickle import DTYPES
 from mm_convert.rules import Shape
 

@@ -18,7 +18,7 @@ from mm_convert.distributed.metadata import METADATA, Chunk, Described, read_met
 from mm_convert.distributed.pieces import Piece
 from mm_convert.errors import CheckpointError
 from mm_convert.megatron import TRACKER, iteration_dir
-from mm_convert.plan import BYTES, Ref, Spec
+from mm_convert.plans import BYTES, Ref, Spec
 from mm_convert.restricted_pickle import PickledTensor, unpickle
 from mm_convert.rules import Shape
 from mm_convert.stored import Name, StoredFile

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mm_convert.errors import CheckpointError
-from mm_convert.plan import Plan, Ref, Segment, Spec, Specs
+from mm_convert.plans import Plan, Ref, Segment, Spec, Specs
 from mm_convert.rules import Shape
 
 

@@ -15,19 +15,21 @@ from dataclasses import replace
 from math import prod
 from pathlib import Path
 
-from mm_convert.convert import Converter, _opened
+from mm_convert.convert import Converter
 from mm_convert.distributed.dcp import STATE, check_total, distributed_target
 from mm_convert.distributed.folder import DistributedFolder
 from mm_convert.distributed.megatron_keys import Place, extra_states, places, shortened, variants
 from mm_convert.distributed.pieces import Piece, with_sources, with_targets
 from mm_convert.distributed.writing import Stored, as_bytes
-from mm_convert.execute import Target
+from mm_convert.errors import LayoutError
+from mm_convert.execution import Target
 from mm_convert.families import Family
+from mm_convert.families.canonical import is_canonical
 from mm_convert.families.family import ModelSizes
 from mm_convert.huggingface import HuggingFaceFolder, read_config
-from mm_convert.layout import PARTS, RANK_FILE, GivenLayout, Layout
+from mm_convert.layout import RANK_FILE, GivenLayout, Layout
 from mm_convert.megatron import CHECKPOINT_VERSION, MegatronFolder
-from mm_convert.plan import Plan, Ref, Spec
+from mm_convert.plans import Plan, Ref, Spec
 from mm_convert.relate import instances
 from mm_convert.resplit import plan_resplit
 from mm_convert.rules import Shape
@@ -46,15 +48,6 @@ BACKEND = {
 }
 
 
-def undivided(sizes: ModelSizes) -> Layout:
-    """The layout of one rank."""
-    return Layout(
-        llm_pp_layers=((sizes.llm_layers,),),
-        vit_pp_layers=((sizes.vit_layers,),),
-        audio_pp_layers=((sizes.audio_layers,),),
-    )
-
-
 def prepare_hf_to_torch_dist(converter: Converter, hf_dir: str | Path, dist_dir: str | Path) -> Conversion:
     """Plan Hugging Face → torch_dist; only headers are read.
 
@@ -62,7 +55,7 @@ def prepare_hf_to_torch_dist(converter: Converter, hf_dir: str | Path, dist_dir:
         ConvertError: the checkpoint does not fit its configuration.
     """
     hf = HuggingFaceFolder.open(hf_dir)
-    plan = converter.plan_hf_to_mm(hf, undivided(converter.sizes(hf)))
+    plan = converter.plan_hf_to_mm(hf, Layout.undivided(converter.sizes(hf).layers))
     made, target = _torch_dist_target(plan, Path(dist_dir), {"command": "hf_to_torch_dist", "layout": "torch_dist"})
     return Conversion(
         plan=made,
@@ -91,12 +84,15 @@ def prepare_mm_to_torch_dist(
         hf_dir: a folder with the model's ``config.json``, where tensors alone don't tell enough.
 
     Raises:
-        ConvertError: the checkpoint is not whole, or not of the given layout.
+        ConvertError: the checkpoint is not whole, not of the given layout, or of the canonical structure.
     """
-    mm = _opened(mm_dir, layout)
-    llm, vit, audio = (((sum(map(sum, mm.layout.lists(part))),),) for part in PARTS)
-    one = Layout(llm_pp_layers=llm, vit_pp_layers=vit, audio_pp_layers=audio)
-    plan = converter.plan_resplit(mm, one, hf_dir=hf_dir)
+    mm = MegatronFolder.open(mm_dir, layout)
+    if is_canonical(ref.name for ref in mm.tensors):
+        raise LayoutError(
+            f"{mm.directory} holds query, key and value apart, megatron-core's model holds them fused; go by way of"
+            " mm_to_hf and hf_to_torch_dist"
+        )
+    plan = converter.plan_resplit(mm, Layout.undivided(mm.layout.layers), hf_dir=hf_dir)
     made, target = _torch_dist_target(plan, Path(dist_dir), {"command": "mm_to_torch_dist", "layout": "torch_dist"})
     source = f"{mm.directory} ({mm.layout})"
     return Conversion(plan=made, source=source, files=mm.files, target=target, folders=[Path(mm_dir)])
@@ -202,7 +198,7 @@ def _undivided_folder(
     family: Family, folder: DistributedFolder, sizes: ModelSizes
 ) -> tuple[MegatronFolder, dict[Ref, list[Piece]]]:
     """A checkpoint as if one rank had written it, and the pieces in which it is stored."""
-    layout = undivided(sizes)
+    layout = Layout.undivided(sizes.layers)
     needed: dict[str, bool] = {}
     for rule in family.rules(sizes, layout.pp_size):
         for instance in instances(rule, sizes, layout):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from mm_convert import pickling
-from mm_convert.plan import Ref, Spec
+from mm_convert.plans import Ref, Spec
 from mm_convert.rules import Shape
 from mm_convert.torch_layout import VERSION, Record, TorchLayout, central_directory, placed
 

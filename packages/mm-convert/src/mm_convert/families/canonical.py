@@ -34,6 +34,11 @@ def unfused(family: Family) -> Family:
     return replace(family, rules=lambda sizes, pp_size: canonical(family.rules(sizes, pp_size)))
 
 
+def as_it_stands(family: Family, names: Iterable[str]) -> Family:
+    """A family in the structure that the names of a Megatron-style checkpoint show."""
+    return unfused(family) if is_canonical(names) else family
+
+
 def is_canonical(names: Iterable[str]) -> bool:
     """Whether the names of a Megatron-style checkpoint are those of the canonical structure."""
     return any(CANONICAL.search(name) for name in names)

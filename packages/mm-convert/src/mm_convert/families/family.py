@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mm_convert.errors import LayoutError
-from mm_convert.layout import Layout, Part
+from mm_convert.layout import PARTS, Layout, Part
 from mm_convert.rules import Rule, Shape
 
 LAYER_NAMES: Mapping[Part, str] = {
@@ -51,6 +51,23 @@ class ModelSizes:
     experts_per_token: int = 0
     expert_matrix: tuple[int, int] = (0, 0)
     uneven: bool = False
+
+    @property
+    def layers(self) -> tuple[int, int, int]:
+        """Layers of each part, in the order of `PARTS`."""
+        return self.llm_layers, self.vit_layers, self.audio_layers
+
+    def check_whole(self, layout: Layout, where: object) -> None:
+        """Raise LayoutError unless a checkpoint of this layout holds all layers of the model, and those alone."""
+        if layout.layers != self.layers:
+            held, wanted = (
+                ", ".join(f"{count} {part}" for part, count in zip(PARTS, layers, strict=True) if count)
+                for layers in (layout.layers, self.layers)
+            )
+            raise LayoutError(
+                f"{where} holds {held or 'no'} layers ({layout}), but the model has {wanted}: it is another model's, a"
+                " part of one, or lacks the folder of a pipeline rank"
+            )
 
     def check(self, layout: Layout) -> None:
         """Raise LayoutError unless the layout fits."""

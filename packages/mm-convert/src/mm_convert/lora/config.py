@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mm_convert.errors import CheckpointError
-from mm_convert.plan import Ref, Specs
+from mm_convert.plans import Ref, Specs
 from mm_convert.safetensors_file import read_safetensors
 from mm_convert.stored import StoredFile
 

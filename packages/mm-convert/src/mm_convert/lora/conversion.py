@@ -10,17 +10,18 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from mm_convert.convert import Converter
 from mm_convert.errors import CheckpointError, LayoutError, ModelError
-from mm_convert.execute import Target
+from mm_convert.execution import Target
 from mm_convert.families.family import Family, ModelSizes
 from mm_convert.huggingface import read_config
 from mm_convert.layout import PARTS, GivenLayout, Layout
 from mm_convert.lora.config import CONFIG, WEIGHTS, AdapterFolder, made_config, numbers, read_adapter_config
 from mm_convert.lora.table import MM_A, MM_B, PREFIXES, adapter_family, pairs
 from mm_convert.megatron import MegatronFolder
-from mm_convert.plan import Plan, Ref, Segment, Spec, Specs, listed
+from mm_convert.plans import Plan, Ref, Segment, Spec, Specs, listed
 from mm_convert.relate import check_same, instances, relate
-from mm_convert.resplit import paper_tensors
+from mm_convert.resplit import check_dtypes, paper_tensors
 from mm_convert.safetensors_file import SafetensorsLayout
 from mm_convert.targets import Conversion, megatron_target
 
@@ -80,7 +81,7 @@ class AdapterConverter:
         tensors = self.chosen(adapter.tensors)
         self.check_ranks(tensors, adapter.config)
         sizes = self.sizes(adapter.directory, adapter.config)
-        layout = layout or _one_rank(sizes)
+        layout = layout or Layout.undivided(sizes.layers)
         targets, segments = self.relate(sizes, layout, tensors)
         plan = Plan.build(tensors, targets, segments)
         options = {"command": "lora_hf_to_mm", "layout": str(layout), **self.told(adapter.tensors, tensors)}
@@ -202,13 +203,7 @@ class AdapterConverter:
                 f"{directory} does not say how many layers and heads its model has: give base_dir, a folder with the"
                 " config.json of the base model"
             )
-        model = read_config(found)
-        if not self.family.accepts(model):
-            raise ModelError(
-                f"{found / 'config.json'} says model_type {model.get('model_type')!r}; this converter is for"
-                f" {', '.join(self.family.model_types)}"
-            )
-        return self.family.sizes(model)
+        return Converter(family=self.family).sizes_of(read_config(found), found)
 
     def relate(self, sizes: ModelSizes, layout: Layout, tensors: Specs) -> tuple[dict[Ref, Spec], list[Segment]]:
         """Apply the table; see :func:`mm_convert.relate.relate`.
@@ -278,18 +273,6 @@ class AdapterConverter:
         ranks = {module: tensors[a].shape[0] for module, (a, _) in self.pairs(tensors).items()}
         base = None if options.base_dir is None else str(options.base_dir)
         return made_config(ranks, alpha=options.alpha, rslora=options.rslora, base=base)
-
-
-def check_dtypes(mm: MegatronFolder, expected: Specs) -> None:
-    """Raise CheckpointError if a tensor has different dtypes on its ranks."""
-    mixed = [f"{ref.file}: {ref.name}" for ref, spec in expected.items() if mm.tensors[ref].dtype != spec.dtype]
-    if mixed:
-        raise CheckpointError(f"{mm.directory} holds tensors in different dtypes on their ranks: {listed(mixed)}")
-
-
-def _one_rank(sizes: ModelSizes) -> Layout:
-    lists: dict[str, Any] = {f"{part}_pp_layers": [[getattr(sizes, f"{part}_layers")]] for part in PARTS}
-    return Layout(**lists)
 
 
 def _layout(mm: MegatronFolder, sizes: ModelSizes, given: Layout | GivenLayout | None) -> Layout:

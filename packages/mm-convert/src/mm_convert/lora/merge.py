@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mm_convert.errors import CheckpointError
-from mm_convert.families.canonical import is_canonical, unfused
+from mm_convert.families.canonical import as_it_stands
 from mm_convert.families.family import Family, ModelSizes
 from mm_convert.huggingface import HuggingFaceFolder
 from mm_convert.lora.config import CONFIG, AdapterConfig, AdapterFolder, numbers, read_adapter_config
-from mm_convert.lora.conversion import AdapterConverter, check_dtypes
+from mm_convert.lora.conversion import AdapterConverter
 from mm_convert.lora.weights import MadeFile, Shelf, Stored
 from mm_convert.megatron import TRACKER, MegatronFolder
 from mm_convert.model_sizes import sizes_on_disk
-from mm_convert.plan import Plan, Ref, Segment, Spec, Specs, listed
+from mm_convert.plans import Plan, Ref, Segment, Spec, Specs, listed
 from mm_convert.relate import check_same, instances, relate
-from mm_convert.resplit import paper_tensors
+from mm_convert.resplit import check_dtypes, paper_tensors
 from mm_convert.rules import GroupedQKV
 from mm_convert.stored import StoredFile
 from mm_convert.targets import Conversion, huggingface_target, megatron_target
@@ -164,8 +164,9 @@ class Merger:
         )
 
     def _megatron(self, mm: MegatronFolder, base_dir: Path, adapter_dir: Path, target: str | Path) -> Conversion:
-        family = unfused(self.family) if is_canonical(ref.name for ref in mm.tensors) else self.family
+        family = as_it_stands(self.family, (ref.name for ref in mm.tensors))
         sizes = self._sizes(family, mm, adapter_dir)
+        sizes.check_whole(mm.layout, mm.directory)
         adapter = self.adapter(adapter_dir, lambda: sizes)
         paper = _with_lengths(family, sizes, mm, paper_tensors(family, sizes, mm), self._lengths(adapter))
         modules = self._modules(adapter, {ref.name: ref for ref in paper}, paper)

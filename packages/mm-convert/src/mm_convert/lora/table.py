@@ -13,7 +13,7 @@ from dataclasses import replace
 from mm_convert.errors import CheckpointError
 from mm_convert.families.canonical import canonical
 from mm_convert.families.family import Family
-from mm_convert.plan import Ref, Specs, listed
+from mm_convert.plans import Ref, Specs, listed
 from mm_convert.rules import Copy, Rule
 
 PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.")

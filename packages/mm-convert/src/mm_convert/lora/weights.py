@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from mm_convert.copying import read_all, write_all
 from mm_convert.in_memory import assemble
-from mm_convert.plan import Plan, Ref, Segment
+from mm_convert.plans import Plan, Ref, Segment
 from mm_convert.restricted_pickle import DTYPES
 from mm_convert.stored import StoredFile
 

@@ -20,7 +20,7 @@ from mm_convert.errors import OutputSpaceError
 from mm_convert.journal import MANIFEST, Journal, is_finished, manifest, with_digests
 from mm_convert.memory import buffers
 from mm_convert.output import clear_leftovers, new_folder
-from mm_convert.plan import Plan, Ref
+from mm_convert.plans import Plan, Ref
 from mm_convert.progress import progress
 from mm_convert.stored import StoredFile
 
