@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
 from mm_datafmt import image_token_count
 from mm_finetune.errors import ConfigError, DataError
-from mm_finetune.images import ImageReader
+from mm_finetune.images import ImageReader, image_size
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
 STD = np.array([0.26862954, 0.26130258, 0.27577711])
@@ -127,3 +130,46 @@ def test_a_published_configuration_is_read(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(published))
     picture = saved(tmp_path / "a.png", (640, 480))
     assert ImageReader(tmp_path)([picture]).token_counts == (image_token_count(640, 480),)
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(width=st.integers(1, 3000), height=st.integers(1, 3000), cap=st.none() | st.sampled_from([16384, 262144]))
+def test_the_grid_follows_from_the_size_as_the_tokens_do(mini: Path, width: int, height: int, cap: int | None) -> None:
+    limits = {"min_pixels": 3136, "max_pixels": 12845056, "pixel_cap": cap}
+    reader = reader_of(str(mini / "hf"), *limits.values())
+    try:
+        expected = image_token_count(width, height, **limits)  # type: ignore[arg-type]
+    except ValueError:
+        with pytest.raises(DataError, match=r"does not fit|so thin"):
+            reader.grid(width, height, "picture")
+        return
+    t, h, w = reader.grid(width, height, "picture")
+    assert (t, t * h * w // 4) == (1, expected)
+
+
+@lru_cache
+def reader_of(folder: str, low: int, high: int, cap: int | None) -> ImageReader:
+    return ImageReader(folder, min_pixels=low, max_pixels=high, pixel_cap=cap)
+
+
+@pytest.mark.parametrize("resample", ["bicubic", "nearest"])
+def test_the_cap_is_a_resize_before_the_processor(mini: Path, tmp_path: Path, resample: str) -> None:
+    """640 x 480 under 262144 pixels becomes 591 x 443, then 588 x 448: 336 tokens (published example)."""
+    path = saved(tmp_path / "a.png", (640, 480))
+    capped = ImageReader(mini / "hf", min_pixels=3136, max_pixels=12845056, pixel_cap=262144, resample=resample)
+    inputs = capped([path])
+    assert inputs.image_grid_thw.tolist() == [[1, 32, 42]]
+    assert inputs.token_counts == (336,)
+    how = Image.Resampling.BICUBIC if resample == "bicubic" else Image.Resampling.NEAREST
+    Image.open(path).resize((591, 443), how).save(tmp_path / "b.png")
+    by_hand = ImageReader(mini / "hf", min_pixels=3136, max_pixels=12845056)([tmp_path / "b.png"])
+    assert torch.equal(inputs.pixel_values, by_hand.pixel_values)
+
+
+def test_the_grid_from_the_header_is_that_of_the_pixels(mini: Path, tmp_path: Path) -> None:
+    for number, size in enumerate([(56, 56), (640, 480), (31, 900), (8, 8)]):
+        path = saved(tmp_path / f"{number}.png", size)
+        assert image_size(path) == size
+        for cap in (None, 16384):
+            reader = ImageReader(mini / "hf", pixel_cap=cap)
+            assert [list(reader.grid(*size, "x"))] == reader([path]).image_grid_thw.tolist()

@@ -9,6 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import NormalDist
@@ -21,7 +22,8 @@ from mm_finetune.cli import main
 from mm_finetune.curve import running_mean
 from mm_finetune.errors import ConfigError, DataError, OutputExistsError
 from mm_finetune.page import interval
-from mm_finetune.report import collect, read_metrics, write_report
+from mm_finetune.report import collect, eval_path, read_metrics, write_report
+from mm_finetune.watching import Guard
 
 HOSTILE = "<script>alert('x')</script><img src=http://example.com/a.png onerror=alert(1)>\"'&"
 
@@ -78,7 +80,9 @@ class World:
         )
         (self.run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         name = json.dumps(HOSTILE if hostile else "hf")
-        (self.run / "config.yaml").write_text(f"model: {{hf_dir: {name}}}\ntrain: {{steps: 20, seed: null}}\n")
+        (self.run / "config.yaml").write_text(
+            f"model: {{hf_dir: {name}}}\ntrain: {{steps: 20, seed: null}}\nlora: null\n"
+        )
         for path, right in ((self.before, lambda n: n % 10 == 0), (self.after, lambda n: n % 4 != 0)):
             model = HOSTILE if hostile else path.stem
             evaluation = Evaluation(model=model, dataset_dir=folder, answers=answers(right, hostile=hostile))
@@ -130,9 +134,9 @@ def test_numbers_are_those_of_the_evaluations(world: World) -> None:
 def test_wrong_answers_come_first_and_are_marked_in_words(world: World) -> None:
     report = collect(world.run, before=world.before, after=world.after)
     assert len(report.wrong) == 15
-    assert not any(pair.after.correct for pair in report.wrong)
+    assert not any(case.last.correct for case in report.wrong)
     assert len(report.wrong) + len(report.sample) == 40
-    shown = {pair.after.answer for pair in report.wrong} | {pair.after.answer for pair in report.sample}
+    shown = {case.last.answer for case in report.wrong} | {case.last.answer for case in report.sample}
     assert len(shown) == 40, "no record twice"
     page = world.write()
     verdicts = re.findall(r"[✓✗] (right|wrong)", page.visible)
@@ -281,3 +285,77 @@ def test_a_question_cannot_steer_the_terminal(tmp_path: Path) -> None:
     text = Evaluation(model="m", dataset_dir=tmp_path, answers=[answer]).describe()
     assert "\x1b" not in text
     assert len(text.splitlines()) == 2
+
+
+def add_stages(world: World, steps: tuple[int, ...]) -> None:
+    """Evaluations in the middle of the run; after step n the first n records of each ten are right."""
+    for step in steps:
+        path = eval_path(world.run, step)
+        path.parent.mkdir(exist_ok=True)
+        found = answers(lambda n, step=step: n % 10 < step)  # type: ignore[misc]
+        found = [replace(one, prediction=f"{one.prediction} at {step}") for one in found]
+        Evaluation(model="m", dataset_dir=world.run.parent, answers=found).save(path, overwrite=False)
+
+
+def test_a_run_without_evaluations_has_a_page(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(world.run)]) == 0
+    assert capsys.readouterr().out == f"page: {world.run / 'report.html'}\n"
+    page = Page((world.run / "report.html").read_text())
+    assert "Exactly right answers" not in page.visible
+    labels = [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"]
+    assert labels == ["Loss by step", "Learning rate by step", "Gradient norm by step"]
+
+
+def test_what_else_the_run_noted_is_drawn(world: World) -> None:
+    rows = [json.loads(line) for line in (world.run / "metrics.jsonl").read_text().splitlines()]
+    noted = [row | {"tokens_per_second": 200.0, "mfu": 0.25, "data_wait": 0.01 * row["step"]} for row in rows]
+    noted[3] |= {"mfu": None, "loss": None}
+    (world.run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in noted))
+    page = world.write()
+    assert "Tokens a second by step" in [attributes.get("aria-label") for _, attributes in page.tags]
+    assert "median MFU25.0%" in page.visible
+    assert "median data wait10.5%" in page.visible, "between 10 and 11 % of 20 steps"
+
+
+def test_predictions_over_time(world: World) -> None:
+    add_stages(world, (2, 4, 6, 8))
+    report = collect(world.run, before=world.before, after=world.after)
+    assert [stage.label for stage in report.stages] == ["before", "step 2", "step 4", "step 6", "step 8", "after"]
+    write_report(world.run, output=world.output)
+    page = Page(world.output.read_text())
+    visible = re.sub(r"\s+", " ", page.visible)
+    # 2 and 8 of each ten of 60, and the one without a picture.
+    assert f"{13 / 61:.1%}→{49 / 61:.1%}step 2 → step 8, of 61 records" in visible
+    assert "Share of right answers by step" in [attributes.get("aria-label") for _, attributes in page.tags]
+    cards = re.findall(r'<dl class="said">(.*?)</dl>', world.output.read_text())
+    assert len(cards) == 40
+    for card in cards:
+        assert re.findall(r"<dt>(.*?)</dt>", card) == ["answer", "step 2", "step 4", "step 6", "step 8"]
+        assert re.findall(r" at (\d)</dd>", card) == ["2", "4", "6", "8"]
+
+
+def test_evaluations_in_the_middle_must_be_of_the_same_records(world: World) -> None:
+    add_stages(world, (2, 4))
+    path = eval_path(world.run, 4)
+    value = json.loads(path.read_text())
+    value["samples"].pop()
+    path.write_text(json.dumps(value))
+    with pytest.raises(DataError, match=r"step_0000002.json and .*step_0000004.json are answers to different records"):
+        collect(world.run)
+
+
+def test_refused_steps_are_listed(world: World) -> None:
+    guard = Guard(world.run / "anomalies.jsonl", policy="skip")
+    for step in range(1, 4):
+        guard.decide(math.nan, 1.5)
+        guard.settle(step, range(100, 140))
+    with (world.run / "anomalies.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 9, "kind": HOSTILE, "loss": 2.0, "grad_norm": 1e9, "samples": [HOSTILE]}) + "\n")
+    page = world.write()
+    assert "4 steps left the weights as they were; 4 of them are shown." in page.visible
+    assert "loss is no number" in page.visible
+    assert "100, 101, 102" in page.visible
+    assert "40 in all" in page.visible
+    assert page.visible.count(HOSTILE) == 2
+    assert not {tag for tag, _ in page.tags} & {"script"}
+    assert not [tag for tag, attributes in page.tags if tag == "img" and "onerror" in attributes]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mm_datafmt import Message
 from mm_finetune.errors import ConfigError, DataError
-from mm_finetune.template import encode, encode_prompt
+from mm_finetune.template import LabelRules, encode, encode_prompt
 
 START, PAD, END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
 shared_fixture = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
@@ -104,7 +104,7 @@ def test_an_empty_system_turn_is_the_default_one(tokenizer: Any) -> None:
         (turns("<image> and <image>", "two"), [4], "2 <image> but the record has 1 picture"),
         (turns("no picture", "none"), [4], "0 <image> but the record has 1 picture"),
         (turns("<image>", "x"), [0], "1 or more"),
-        (turns("<video>", "x"), [], "leave the record out"),
+        (turns("<video>", "x"), [], "1 <video> but the record has 0 video"),
         (turns(f"{PAD} <image>", "x"), [4], "holds 1 <|image_pad|>; write <image>"),
         (turns("only a question"), [], "must be by 'assistant'"),
         ([], [], "last turn is missing"),
@@ -131,3 +131,64 @@ def test_another_tokenizer_is_refused() -> None:
     other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"?": 0}, unk_token="?")))
     with pytest.raises(ConfigError, match=r"lacks <\|im_start\|>.*Qwen2.5-VL folder"):
         encode(turns("a", "b"), tokenizer=other, image_token_counts=[])
+
+
+def learnt(tokenizer: Any, messages: list[Message], rules: LabelRules, counts: list[int] | None = None) -> list[bool]:
+    encoded = encode(messages, tokenizer=tokenizer, image_token_counts=counts or [], rules=rules)
+    for token, label, weight in zip(encoded.input_ids, encoded.labels, encoded.weights, strict=True):
+        assert label == (token if weight else -100)
+    return [label != -100 for label in encoded.labels]
+
+
+def lines(tokenizer: Any, *texts: str) -> list[int]:
+    """Lengths of lines, each tokenised by itself."""
+    return [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+
+
+def test_what_carries_loss_is_what_the_rules_say_token_for_token(tokenizer: Any) -> None:
+    messages = turns("<image>\nfirst?", "one", "second?", "two", system="Be brief.")
+    system, first, one, second, two = lines(
+        tokenizer,
+        "<|im_start|>system\nBe brief.<|im_end|>\n",
+        f"<|im_start|>user\n{START}{PAD * 4}{END}\nfirst?<|im_end|>\n<|im_start|>assistant\n",
+        "one<|im_end|>\n",
+        "<|im_start|>user\nsecond?<|im_end|>\n<|im_start|>assistant\n",
+        "two<|im_end|>\n",
+    )
+    expected = {
+        LabelRules(): [False] * (system + first) + [True] * one + [False] * second + [True] * two,
+        LabelRules(mask_history=True): [False] * (system + first + one + second) + [True] * two,
+        LabelRules(train_on_prompt=True): [True] * (system + first + one + second + two),
+    }
+    for rules, mask in expected.items():
+        assert learnt(tokenizer, messages, rules, [4]) == mask
+
+
+def test_an_answer_weighs_what_its_record_says(tokenizer: Any) -> None:
+    heavy = Message(role="assistant", content="one", loss=2.5)
+    silent = Message(role="assistant", content="two", loss=0)
+    question = Message(role="user", content="?")
+    messages = [question, heavy, question, silent, question, Message(role="assistant", content="three")]
+    encoded = encode(messages, tokenizer=tokenizer, image_token_counts=[])
+    one, two, three = lines(tokenizer, "one<|im_end|>\n", "two<|im_end|>\n", "three<|im_end|>\n")
+    weights = [weight for weight in encoded.weights if weight]
+    assert weights == [2.5] * one + [1.0] * three
+    assert encoded.labels.count(-100) == len(encoded.labels) - one - three
+    assert two > 0
+    for wrong in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(DataError, match=r"weight .* must be 0 or more"):
+            encode([question, heavy._replace(loss=wrong)], tokenizer=tokenizer, image_token_counts=[])
+
+
+def test_rules_that_exclude_each_other() -> None:
+    with pytest.raises(ConfigError, match="exclude each other"):
+        LabelRules(mask_history=True, train_on_prompt=True)
+
+
+def test_videos_stand_where_they_are_named_beside_pictures(tokenizer: Any) -> None:
+    messages = turns("<video> then <image> then <video>?", "All.")
+    encoded = encode(messages, tokenizer=tokenizer, image_token_counts=[3], video_token_counts=[2, 5])
+    movie = "<|video_pad|>"
+    asked = f"{START}{movie * 2}{END} then {START}{PAD * 3}{END} then {START}{movie * 5}{END}?"
+    text = f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(encoded.input_ids).endswith(text + "All.<|im_end|>\n")

@@ -62,7 +62,7 @@ def test_a_run_leaves_metrics_settings_and_a_checkpoint_that_converts_back(
     QWEN.mm_to_hf(run / "checkpoint", world / "hf", world / "tuned")
     assert "checkpoint: " in capsys.readouterr().out
     assert main(one_process(world)) == 2, "a finished run is kept"
-    assert "holds a finished run" in capsys.readouterr().err
+    assert "holds a run with a checkpoint" in capsys.readouterr().err
     (run / "notes.txt").write_text("mine")
     assert main(one_process(world, "output.overwrite=true", "train.steps=2")) == 0
     assert (run / "notes.txt").exists(), "only what a run writes is replaced"
@@ -200,3 +200,63 @@ def test_two_processes_as_in_the_demo_and_one_too_many(world: Path) -> None:
     after = torch.load(saved / "mp_rank_00_001/model_optim_rng.pt", weights_only=True)["model"]
     assert before.keys() == after.keys()
     assert all(not torch.equal(before[n], after[n]) for n in before), "every tensor was trained"
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_the_weights_are_touched(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A learning rate of 1e30 breaks the weights in the first step; the second has no loss."""
+    assert main(one_process(world, "train.lr=1e30", "train.warmup_fraction=0")) == 2
+    message = capsys.readouterr().err
+    assert "loss is no number" in message
+    assert "train.on_nan=skip" in message
+    (row,) = [json.loads(line) for line in (world / "run/anomalies.jsonl").read_text().splitlines()]
+    assert (row["step"], row["loss"], len(row["samples"])) == (2, None, 4)
+    assert not (world / "run/checkpoint").exists()
+
+
+def test_a_step_that_is_refused_changes_nothing(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mm_finetune.watching.Guard.decide", lambda self, loss, norm: False)
+    assert main(one_process(world)) == 0
+    before, after = (
+        torch.load(world / folder / "mp_rank_00/model_optim_rng.pt", weights_only=True)["model"]
+        for folder in ("mm-one/release", "run/checkpoint/iter_0000003")
+    )
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_what_is_frozen_keeps_its_bytes_and_the_rest_is_trained(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(one_process(world, "train.freeze=[visual.*, model.embed_tokens.*]", "train.steps=2")) == 0
+    before, after = (
+        torch.load(world / folder / "mp_rank_00/model_optim_rng.pt", weights_only=True)["model"]
+        for folder in ("mm-one/release", "run/checkpoint/iter_0000002")
+    )
+    still = {name for name in before if torch.equal(before[name], after[name])}
+    frozen = ("image_encoder.", "text_decoder.embedding.")
+    assert still == {name for name in before if name.startswith(frozen)}
+    assert main(one_process(world, "train.freeze=[vizual.*]", f"output.dir={world}/other")) == 2
+    assert "pattern 'vizual.*' matches no weight; did you mean visual" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("override", ["lora.r=8", "train.lr_scale.visual.*=0.1", "output.resume=true"])
+def test_keys_whose_work_is_not_done_yet_are_refused(
+    override: str, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(one_process(world, override)) == 2
+    assert "is not there yet in this version; leave it out" in capsys.readouterr().err
+
+
+def test_checkpoints_during_a_run_and_the_newest_of_them(world: Path) -> None:
+    assert main(one_process(world, "train.steps=5", "output.save_every=2", "output.keep_last=2")) == 0
+    folder = world / "run/checkpoint"
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["iter_0000004", "iter_0000005"]
+    assert (folder / "latest_checkpointed_iteration.txt").read_text() == "5"
+    assert main(one_process(world, "train.steps=4", f"output.dir={world}/short")) == 0
+    early, whole = (
+        torch.load(path / "mp_rank_00/model_optim_rng.pt", weights_only=True)["model"]
+        for path in (folder / "iter_0000004", world / "short/checkpoint/iter_0000004")
+    )
+    assert early.keys() == whole.keys()
+    assert not all(torch.equal(early[n], whole[n]) for n in early), "another length is another learning rate"

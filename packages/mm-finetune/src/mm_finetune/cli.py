@@ -1,4 +1,4 @@
-"""``mm-finetune train | eval | report | mini``."""
+"""The command line: a table of subcommands, one file each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from mm_finetune.commands import eval as eval_command
-from mm_finetune.commands import mini, report, train
+from mm_finetune.commands import import_mindspeed, mini, report, train
 from mm_finetune.errors import FinetuneError
 from mm_finetune.launch import process_rank
 
@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "train": (train, "fine-tune a converted model; under torchrun for several processes"),
     "eval": (eval_command, "let a Hugging Face model answer a data set and count what is right"),
     "report": (report, "a run and its evaluations as one HTML file"),
+    "import-mindspeed": (import_mindspeed, "write the configuration of a published MindSpeed MM example"),
     "mini": (mini, "make a tiny Qwen2.5-VL and a data set of real pictures, to try everything on a laptop"),
 }
 
@@ -31,9 +32,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Like ``parse_args``, but overrides may also stand after options, where argparse gives up on them."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    strange = [word for word in rest if word.startswith("-") or not hasattr(args, "overrides")]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if rest:
+        args.overrides += rest
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code is 0 when done, 2 for bad input, 130 when interrupted, 3 for a defect of ours."""
-    args = build_parser().parse_args(argv)
+    args = _parse(argv)
     module, _ = COMMANDS[args.command]
     try:
         return int(module.run(args))

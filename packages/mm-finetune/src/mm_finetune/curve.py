@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 
 from mm_finetune.errors import ConfigError
@@ -58,7 +59,11 @@ def curve(steps: Sequence[int], values: Sequence[float], *, label: str, smooth: 
 
 
 def running_mean(values: Sequence[float], share: float = 0.05) -> list[float]:
-    """The mean of each value and those before it, over a window of a share of all values."""
+    """The mean of each value and those before it, over a share of all values; what is no number is left out."""
     window = max(1, round(len(values) * share))
     parts = (values[max(0, end - window) : end] for end in range(1, len(values) + 1))
-    return [sum(part) / len(part) for part in parts]
+    return [_mean([value for value in part if math.isfinite(value)]) for part in parts]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

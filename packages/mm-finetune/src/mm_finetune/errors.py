@@ -6,6 +6,7 @@
     ├── ConfigError        (ValueError)       a key, a value or a combination of the configuration
     ├── DataError          (ValueError)       a record or a picture
     ├── CheckpointError    (ValueError)       a checkpoint that does not fit the run
+    ├── AnomalyError       (ArithmeticError)  a loss or a gradient that ends the run
     └── OutputExistsError  (FileExistsError)  a target that is there already
 
 Every message says what was given, what is legal and what to do.
@@ -28,6 +29,10 @@ class DataError(FinetuneError, ValueError):
 
 class CheckpointError(FinetuneError, ValueError):
     """A checkpoint does not fit the model, the layout or the number of processes."""
+
+
+class AnomalyError(FinetuneError, ArithmeticError):
+    """A loss or a gradient is no number, or leaps; raised on every rank alike."""
 
 
 class OutputExistsError(FinetuneError, FileExistsError):

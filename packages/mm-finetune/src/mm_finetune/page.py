@@ -8,17 +8,20 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
-from mm_finetune.answers import Answer, Evaluation, Group
+from mm_finetune.answers import Answer, Group
 from mm_finetune.attachments import attachments
 from mm_finetune.curve import curve
 from mm_finetune.images import read_rgb
 
 if TYPE_CHECKING:
-    from mm_finetune.report import Pair, Report
+    from mm_finetune.report import Case, Report, Stage
 
 MAX_GROUPS = 12
+MAX_STAGES = 5  # answers on a card
+MAX_ANOMALIES, MAX_LISTED = 50, 12
 THUMBNAIL_PIXELS = 224
 # Even if a text slipped through unescaped: no script, no request.
 POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
@@ -45,7 +48,11 @@ p { margin: .3rem 0; max-width: 44rem }
 .track i { display: block; height: 100%; background: #98a2b3 }
 .track i.new { background: var(--accent) }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-figure { margin: 0 } figure svg { width: 100%; height: auto; display: block }
+figure { margin: 0 } figure.small { max-width: 26rem; margin-bottom: .9rem }
+table.rows { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums }
+table.rows th, table.rows td { text-align: left; padding: .22rem .75rem .22rem 0; vertical-align: top }
+table.rows td { border-top: 1px solid var(--line) } .scroll { overflow-x: auto }
+figure svg { width: 100%; height: auto; display: block }
 figcaption { font-weight: 600; margin-bottom: .4rem } figcaption .soft { font-weight: 400; font-size: .875rem }
 h2 + p { margin: -.4rem 0 .75rem }
 dl.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); gap: .8rem; margin: 0 }
@@ -63,7 +70,7 @@ table.settings th { width: 52%; padding-right: .75rem }
 .card.wrong { border-top: 4px dashed var(--wrong) }
 .card img { width: 100%; aspect-ratio: 1; object-fit: contain; background: #f1f3f5; border-radius: 6px; display: block }
 .card .question { margin: .55rem 0 .35rem; line-height: 1.35 }
-.said { display: grid; grid-template-columns: 3.1rem 1fr; gap: .1rem .3rem; margin: 0 }
+.said { display: grid; grid-template-columns: minmax(3.1rem, max-content) 1fr; gap: .1rem .3rem; margin: 0 }
 .said dd { margin: 0; display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden }
 .verdict { margin: 0 0 .45rem; font-weight: 600; font-size: .8125rem; color: var(--accent) }
 .card.wrong .verdict, .said .wrong { color: var(--wrong) } .said .right { color: var(--accent) }
@@ -82,11 +89,12 @@ def page(report: Report) -> str:
     """
     sections = (
         _header(report),
-        _accuracy(report.before, report.after),
+        _accuracy(report.stages),
         _training(report),
+        _anomalies(report.anomalies),
         attachments(report.attached),
-        _cards("Still wrong after the run", _wrong_words(report), report.wrong, report.after),
-        _cards("A sample of the rest", "Each question equally often, not picked by hand.", report.sample, report.after),
+        _cards("Still wrong at the end", _wrong_words(report), report.wrong, report),
+        _cards("A sample of the rest", "Each question equally often, not picked by hand.", report.sample, report),
         _settings(report),
     )
     return (
@@ -109,28 +117,48 @@ def interval(right: float, count: int) -> tuple[float, float]:
 
 
 def _header(report: Report) -> str:
-    models = f"{escape(report.before.model)} → {escape(report.after.model)}"
+    ends = [*report.stages[:1], *report.stages[-1:]]
+    models = " → ".join(dict.fromkeys(escape(stage.evaluation.model) for stage in ends))
     return f'<header><h1>Fine-tuning report</h1><p class="soft">{models}</p></header>'
 
 
-def _accuracy(before: Evaluation, after: Evaluation) -> str:
-    old, new = before.groups, after.groups
+def _accuracy(stages: Sequence[Stage]) -> str:
+    if not stages:
+        return ""
+    first, last = stages[0], stages[-1]
+    new = last.evaluation.groups
     names = sorted(new, key=lambda name: -new[name].count)[:MAX_GROUPS]
     more = len(new) - len(names)
     rest = f'<p class="soft">… and {more:,} other questions.</p>' if more else ""
+    ends = [first, last] if first is not last else [last]
+    old = f'<b class="old">{first.evaluation.accuracy:.1%}</b><span aria-hidden="true">→</span>'
     return (
         '<h2>Exactly right answers</h2><section class="panel"><div class="headline">'
-        f'<b class="old">{before.accuracy:.1%}</b><span aria-hidden="true">→</span>'
-        f'<b class="new">{after.accuracy:.1%}</b>'
-        f'<span class="soft">before → after, of {len(after.answers):,} records</span></div>'
-        + "".join(_group(name, old[name], new[name]) for name in names)
+        f"{old if first is not last else ''}"
+        f'<b class="new">{last.evaluation.accuracy:.1%}</b>'
+        f'<span class="soft">{" → ".join(stage.label for stage in ends)},'
+        f" of {len(last.evaluation.answers):,} records</span></div>"
+        + _over_time(stages)
+        + "".join(_group(name, ends) for name in names)
         + f'{rest}<p class="soft">In brackets: 95 % interval (Wilson).</p></section>'
     )
 
 
-def _group(name: str, old: Group, new: Group) -> str:
-    bars = _bar("before", "", old) + _bar("after", ' class="new"', new)
-    count = f'<span class="soft">· {new.count:,}</span>'
+def _over_time(stages: Sequence[Stage]) -> str:
+    points = [(stage.step, stage.evaluation.accuracy) for stage in stages if stage.step is not None]
+    if len(points) < 2:
+        return ""
+    drawn = curve([step for step, _ in points], [share for _, share in points], label="Share of right answers")
+    return f'<figure class="small">{drawn}<figcaption class="soft">Share of right answers</figcaption></figure>'
+
+
+def _group(name: str, ends: Sequence[Stage]) -> str:
+    groups = [stage.evaluation.groups[name] for stage in ends]
+    bars = "".join(
+        _bar(stage.label, ' class="new"' if stage is ends[-1] else "", group)
+        for stage, group in zip(ends, groups, strict=True)
+    )
+    count = f'<span class="soft">· {groups[-1].count:,}</span>'
     return f'<div class="group"><h3>{escape(name)} {count}</h3>{bars}</div>'
 
 
@@ -154,15 +182,58 @@ def _training(report: Report) -> str:
         "time": f"{minutes}:{seconds:02d} min",
         "tokens a second": f"{metrics.tokens / metrics.seconds:,.0f}" if metrics.seconds else "–",
     }
+    facts |= {name: f"{_middle(values):.1%}" for name, values in _shares(report) if values}
     items = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
-    loss = curve(metrics.steps, metrics.loss, label="Loss", smooth=True, log=True)
-    rate = curve(metrics.steps, metrics.lr, label="Learning rate")
     return (
         f'<h2>Training</h2><section class="panel"><dl class="facts">{items}</dl></section>'
-        '<div class="columns" style="margin-top:1rem">'
-        f'<figure class="panel"><figcaption>Loss <span class="soft">(grey: each step; line: running mean)</span>'
-        f'</figcaption>{loss}</figure><figure class="panel"><figcaption>Learning rate</figcaption>{rate}</figure></div>'
+        f'<div class="columns" style="margin-top:1rem">{_curves(report)}</div>'
     )
+
+
+def _shares(report: Report) -> tuple[tuple[str, Sequence[float]], ...]:
+    return ("median MFU", report.metrics.mfu), ("median data wait", report.metrics.data_wait)
+
+
+def _middle(values: Sequence[float]) -> float:
+    return median(value for value in values if math.isfinite(value))
+
+
+def _curves(report: Report) -> str:
+    """Loss, learning rate, and whatever else the run noted."""
+    metrics = report.metrics
+    noted = '<span class="soft">(grey: each step; line: running mean)</span>'
+    drawn = [
+        (f"Loss {noted}", curve(metrics.steps, metrics.loss, label="Loss", smooth=True, log=True)),
+        ("Learning rate", curve(metrics.steps, metrics.lr, label="Learning rate")),
+    ]
+    for name, values in (("Gradient norm", metrics.grad_norm), ("Tokens a second", metrics.tokens_per_second)):
+        if values:
+            drawn.append((name, curve(metrics.steps, values, label=name, smooth=True, log=name == "Gradient norm")))
+    return "".join(
+        f'<figure class="panel"><figcaption>{name}</figcaption>{svg}</figure>' for name, svg in drawn
+    )  # fmt: skip
+
+
+def _anomalies(rows: Sequence[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    shown = "".join(_anomaly(row) for row in rows[:MAX_ANOMALIES])
+    words = f"{len(rows):,} steps left the weights as they were; {min(len(rows), MAX_ANOMALIES)} of them are shown."
+    heads = "".join(f'<th scope="col">{name}</th>' for name in ("step", "what", "loss", "gradient norm", "records"))
+    return (
+        f'<h2>Refused steps</h2><p class="soft">{words}</p><section class="panel scroll">'
+        f'<table class="rows"><thead><tr>{heads}</tr></thead><tbody>{shown}</tbody></table></section>'
+    )
+
+
+def _anomaly(row: dict[str, Any]) -> str:
+    samples = row.get("samples")
+    listed = list(samples) if isinstance(samples, list) else []
+    more = f" … {len(listed):,} in all" if len(listed) > MAX_LISTED else ""
+    records = ", ".join(map(str, listed[:MAX_LISTED])) + more
+    cells = [row.get("step"), row.get("kind"), row.get("loss"), row.get("grad_norm"), records]
+    texts = (f"{cell:.4g}" if isinstance(cell, float) else "no number" if cell is None else str(cell) for cell in cells)
+    return "<tr>" + "".join(f"<td>{escape(text)}</td>" for text in texts) + "</tr>"
 
 
 def _settings(report: Report) -> str:
@@ -182,27 +253,36 @@ def _rows(items: Iterable[tuple[str, object]]) -> str:
 
 
 def _wrong_words(report: Report) -> str:
-    wrong = sum(not answer.correct for answer in report.after.answers)
-    return f"{wrong:,} of {len(report.after.answers):,} records; {len(report.wrong)} of them are shown."
+    answers = report.stages[-1].evaluation.answers if report.stages else ()
+    wrong = sum(not answer.correct for answer in answers)
+    return f"{wrong:,} of {len(answers):,} records; {len(report.wrong)} of them are shown."
 
 
-def _cards(title: str, words: str, pairs: Sequence[Pair], evaluation: Evaluation) -> str:
-    if not pairs:
+def _cards(title: str, words: str, cases: Sequence[Case], report: Report) -> str:
+    if not cases:
         return ""
-    cards = "".join(_card(pair, evaluation.dataset_dir) for pair in pairs)
+    root, labels = report.stages[-1].evaluation.dataset_dir, [stage.label for stage in report.stages]
+    cards = "".join(_card(case, labels, root) for case in cases)
     return f'<h2>{title}</h2><p class="soft">{words}</p><ul class="cards">{cards}</ul>'
 
 
-def _card(pair: Pair, root: Path) -> str:
-    after = pair.after
-    picture = "" if after.image is None else f'<img alt="" loading="lazy" src="{_data_uri(root / after.image)}">'
-    kind, verdict = ("", "✓ right") if after.correct else (" wrong", "✗ wrong")
+def _card(case: Case, labels: Sequence[str], root: Path) -> str:
+    last = case.last
+    picture = "" if last.image is None else f'<img alt="" loading="lazy" src="{_data_uri(root / last.image)}">'
+    kind, verdict = ("", "✓ right") if last.correct else (" wrong", "✗ wrong")
+    said = "".join(f"<dt>{labels[n]}</dt><dd>{_said(case.answers[n])}</dd>" for n in _few(len(labels)))
     return (
         f'<li class="card{kind}"><p class="verdict">{verdict}</p>{picture}'
-        f'<p class="question">{escape(after.question)}</p><dl class="said">'
-        f"<dt>answer</dt><dd>{escape(after.answer)}</dd>"
-        f"<dt>before</dt><dd>{_said(pair.before)}</dd><dt>after</dt><dd>{_said(after)}</dd></dl></li>"
+        f'<p class="question">{escape(last.question)}</p><dl class="said">'
+        f"<dt>answer</dt><dd>{escape(last.answer)}</dd>{said}</dl></li>"
     )
+
+
+def _few(count: int) -> list[int]:
+    """The first, the last, and some between, evenly."""
+    if count <= MAX_STAGES:
+        return list(range(count))
+    return [round(place * (count - 1) / (MAX_STAGES - 1)) for place in range(MAX_STAGES)]
 
 
 def _said(answer: Answer) -> str:

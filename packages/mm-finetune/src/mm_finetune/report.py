@@ -2,11 +2,14 @@
 
 >>> from mm_finetune.report import write_report
 >>> write_report("run", before="before.json", after="after.json", output="report.html")
+
+Evaluations during the run, ``RUN/evals/step_0000100.json``, stand between the two.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,23 +25,45 @@ MAX_WRONG = 16
 MAX_SHOWN = 40
 
 
+# What a row of metrics.jsonl must have, and what is drawn where it has it.
+NEEDED = ("step", "loss", "lr", "tokens", "elapsed_s")
+OPTIONAL = ("grad_norm", "tokens_per_second", "mfu", "data_wait")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """What the page shows of ``metrics.jsonl``: a value for each step."""
+    """What the page shows of ``metrics.jsonl``: a value for each step; NaN where there is none."""
 
     steps: Sequence[int]
     loss: Sequence[float]
     lr: Sequence[float]
+    grad_norm: Sequence[float] = ()
+    tokens_per_second: Sequence[float] = ()
+    mfu: Sequence[float] = ()
+    data_wait: Sequence[float] = ()
     tokens: int
     seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair:
-    """The same question, before and after."""
+class Stage:
+    """The answers of the model at one time; `step` is None before and after the run."""
 
-    before: Answer
-    after: Answer
+    label: str
+    step: int | None = None
+    evaluation: Evaluation
+
+
+@dataclass(frozen=True)
+class Case:
+    """The same question at every stage, from the first to the last."""
+
+    answers: Sequence[Answer]
+
+    @property
+    def last(self) -> Answer:
+        """What the model says in the end."""
+        return self.answers[-1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,27 +72,27 @@ class Report:
 
     Attributes:
         settings: ``config.yaml``: sections with keys.
-        before: the evaluation of the model that the run began with.
-        after: the evaluation of what it made.
-        wrong: some questions that are answered wrongly after the run.
+        anomalies: the lines of ``anomalies.jsonl``: steps that were refused.
+        stages: evaluations of the same records, in order; there may be none.
+        wrong: some questions that are answered wrongly in the end.
         sample: some of all questions, every group of questions as often.
         attached: pictures and videos of other commands.
     """
 
     metrics: Metrics
     settings: dict[str, dict[str, Any]]
-    before: Evaluation
-    after: Evaluation
-    wrong: Sequence[Pair]
-    sample: Sequence[Pair]
+    anomalies: Sequence[dict[str, Any]] = ()
+    stages: Sequence[Stage] = ()
+    wrong: Sequence[Case] = ()
+    sample: Sequence[Case] = ()
     attached: Sequence[Path] = ()
 
 
 def write_report(
     run: str | Path,
     *,
-    before: str | Path,
-    after: str | Path,
+    before: str | Path | None = None,
+    after: str | Path | None = None,
     output: str | Path,
     attach: Sequence[Path] = (),
     overwrite: bool = False,
@@ -76,34 +101,60 @@ def write_report(
 
     Args:
         run: the folder of the run (``output.dir``).
-        before: what ``mm-finetune eval`` wrote for the model before the run.
-        after: the same for the model after the run, about the same records.
+        before: what ``mm-finetune eval`` wrote for the model before the run; may be left out.
+        after: the same for the model after the run, about the same records; may be left out.
         output: the HTML file.
         attach: ``.png`` pictures and ``.mp4`` videos that are shown as well.
         overwrite: replace `output`.
 
     Raises:
         OutputExistsError: `output` is there already.
-        DataError: a file is missing, is not what it should be, or the two evaluations are of different records.
+        DataError: a file is missing, is not what it should be, or the evaluations are of different records.
     """
     output = Path(output)
     require_free_file(output, overwrite=overwrite)
-    report = replace(collect(Path(run), before=Path(before), after=Path(after)), attached=tuple(attach))
+    report = collect(Path(run), before=_path(before), after=_path(after))
+    report = replace(report, attached=tuple(attach))
     write_file(output, page(report), overwrite=overwrite)
     return report
 
 
-def collect(run: Path, *, before: Path, after: Path) -> Report:
+def collect(run: Path, *, before: Path | None = None, after: Path | None = None) -> Report:
     """Read all inputs of a page. The errors are those of :func:`write_report`."""
     metrics, settings = read_metrics(run / "metrics.jsonl"), _settings(run / "config.yaml")
-    old, new = Evaluation.load(_present(before)), Evaluation.load(_present(after))
-    pairs = [Pair(before=one, after=two) for one, two in zip(old.answers, new.answers, strict=False)]
-    same = all((p.before.image, p.before.question) == (p.after.image, p.after.question) for p in pairs)
-    if len(old.answers) != len(new.answers) or not same:
-        raise DataError(f"{before} and {after} are answers to different records; evaluate both on the same --data")
-    wrong = _spread([pair for pair in pairs if not pair.after.correct], MAX_WRONG)
-    sample = _spread(pairs, MAX_SHOWN - len(wrong), without=wrong)
-    return Report(metrics=metrics, settings=settings, before=old, after=new, wrong=wrong, sample=sample)
+    anomalies = [value for _, value in _json_lines(run / "anomalies.jsonl")]
+    stages = _stages(run, before, after)
+    cases = [Case(answers) for answers in zip(*(stage.evaluation.answers for stage in stages), strict=True)]
+    wrong = _spread([case for case in cases if not case.last.correct], MAX_WRONG)
+    sample = _spread(cases, MAX_SHOWN - len(wrong), without=wrong)
+    return Report(
+        metrics=metrics, settings=settings, anomalies=anomalies, stages=stages, wrong=wrong, sample=sample
+    )  # fmt: skip
+
+
+def eval_path(run: Path, step: int) -> Path:
+    """Where an evaluation in the middle of a run stands."""
+    return run / "evals" / f"step_{step:07d}.json"
+
+
+def _stages(run: Path, before: Path | None, after: Path | None) -> list[Stage]:
+    found: list[tuple[str, int | None, Path]] = [("before", None, before)] if before else []
+    for path in sorted((run / "evals").glob("step_*.json")):
+        step = path.stem.removeprefix("step_")
+        if step.isdecimal():
+            found.append((f"step {int(step)}", int(step), path))
+    found += [("after", None, after)] if after else []
+    stages = [Stage(label=label, step=n, evaluation=Evaluation.load(_present(path))) for label, n, path in found]
+    for (_, _, path), stage in zip(found, stages, strict=True):
+        if _records(stage) != _records(stages[0]):
+            raise DataError(
+                f"{found[0][2]} and {path} are answers to different records; evaluate both on the same --data"
+            )
+    return stages
+
+
+def _records(stage: Stage) -> list[tuple[str | None, str]]:
+    return [(answer.image, answer.question) for answer in stage.evaluation.answers]
 
 
 def read_metrics(path: Path) -> Metrics:
@@ -112,25 +163,41 @@ def read_metrics(path: Path) -> Metrics:
     Raises:
         DataError: it is missing or empty, or a line is not a step.
     """
-    lines = _present(path).read_text(encoding="utf-8").splitlines()
-    rows = [_row(path, number, line) for number, line in enumerate(lines, 1)]
+    rows = [_row(path, number, value) for number, value in _json_lines(_present(path))]
     if not rows:
         raise DataError(f"{path} holds no step; the run has not trained")
+    optional = {key: [row[key] for row in rows] for key in OPTIONAL if any(math.isfinite(row[key]) for row in rows)}
     return Metrics(
         steps=[int(row["step"]) for row in rows],
         loss=[row["loss"] for row in rows],
         lr=[row["lr"] for row in rows],
         tokens=int(sum(row["tokens"] for row in rows)),
         seconds=rows[-1]["elapsed_s"],
+        **optional,
     )
 
 
-def _row(path: Path, number: int, line: str) -> dict[str, float]:
+def _json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Objects with the numbers of their lines; none where there is no file."""
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else [], 1):
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}: line {number} is not a step of a run: {error!r}") from error
+        if not isinstance(value, dict):
+            raise DataError(f"{path}: line {number} is not a step of a run: {line:.80}")
+        found.append((number, value))
+    return found
+
+
+def _row(path: Path, number: int, value: dict[str, Any]) -> dict[str, float]:
     try:
-        value = json.loads(line)
-        return {key: float(value[key]) for key in ("step", "loss", "lr", "tokens", "elapsed_s")}
+        needed = {key: math.nan if value[key] is None else float(value[key]) for key in NEEDED}
+        optional = {key: math.nan if value.get(key) is None else float(value[key]) for key in OPTIONAL}
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path}: line {number} is not a step of a run: {error!r}") from error
+    return needed | optional
 
 
 def _settings(path: Path) -> dict[str, dict[str, Any]]:
@@ -140,9 +207,16 @@ def _settings(path: Path) -> dict[str, dict[str, Any]]:
         tree = yaml.safe_load(_present(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not valid YAML: {error}") from error
+    if isinstance(tree, dict):
+        # A section that is not used stands there as null.
+        tree = {name: section for name, section in tree.items() if section is not None}
     if not isinstance(tree, dict) or not all(isinstance(section, dict) for section in tree.values()):
         raise DataError(f"{path} must hold sections with keys, as mm-finetune train writes it")
     return tree
+
+
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)
 
 
 def _present(path: Path) -> Path:
@@ -151,15 +225,15 @@ def _present(path: Path) -> Path:
     return path
 
 
-def _spread(pairs: Sequence[Pair], count: int, *, without: Sequence[Pair] = ()) -> list[Pair]:
-    """Up to `count` pairs, every question as often as possible, the same ones each time."""
-    groups: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        if pair not in without:
-            groups.setdefault(pair.after.question, []).append(pair)
+def _spread(cases: Sequence[Case], count: int, *, without: Sequence[Case] = ()) -> list[Case]:
+    """Up to `count` cases, every question as often as possible, the same ones each time."""
+    groups: dict[str, list[Case]] = {}
+    for case in cases:
+        if case not in without:
+            groups.setdefault(case.last.question, []).append(case)
     for group in groups.values():
         random.Random(0).shuffle(group)
-    chosen: list[Pair] = []
+    chosen: list[Case] = []
     while len(chosen) < count and any(groups.values()):
         chosen += [group.pop() for group in groups.values() if group][: count - len(chosen)]
-    return sorted(chosen, key=lambda pair: list(groups).index(pair.after.question))
+    return sorted(chosen, key=lambda case: list(groups).index(case.last.question))

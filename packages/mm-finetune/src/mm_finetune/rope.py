@@ -1,7 +1,8 @@
-"""Multimodal rotary positions (M-RoPE) of Qwen2.5-VL for text and pictures.
+"""Multimodal rotary positions (M-RoPE) of Qwen2.5-VL for text, pictures and videos.
 
 Text counts up on all three axes together. A picture stands at one time; its merged patches take row
-and column numbers on the other two axes; the text behind it goes on after the largest of them.
+and column numbers on the other two axes; the text behind it goes on after the largest of them. The time of a
+video's patches advances by the tokens a second that the model was made for (Qwen2.5-VL technical report, 2.1.3).
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from torch import Tensor
 
 
 def mrope_positions(
-    input_ids: Sequence[int], image_grid_thw: Tensor, *, image_token_id: int, merge_size: int = 2
+    input_ids: Sequence[int],
+    image_grid_thw: Tensor,
+    *,
+    image_token_id: int,
+    merge_size: int = 2,
+    video_grid_thw: Tensor | None = None,
+    video_token_id: int | None = None,
+    second_per_grid_ts: Sequence[float] = (),
+    tokens_per_second: float = 2,
 ) -> Tensor:
     """Positions of one sample.
 
@@ -23,33 +32,47 @@ def mrope_positions(
         image_grid_thw: ``[images, 3]``: each picture's grid of patches (time, height, width), in order.
         image_token_id: the token that stands once for each merged patch.
         merge_size: patches a side that become one token.
+        video_grid_thw: ``[videos, 3]``, None for no videos.
+        video_token_id: the token that stands once for each merged patch of a video.
+        second_per_grid_ts: for each video the seconds between two steps of its grid.
+        tokens_per_second: time steps of the model in a second (``vision_config.tokens_per_second``).
 
     Returns:
         ``[3, tokens]`` int64: time, height, width.
 
     Raises:
-        ValueError: the runs of image tokens are not those of the grids.
+        ValueError: the runs of image or video tokens are not those of the grids.
     """
+    videos = [] if video_grid_thw is None else video_grid_thw.tolist()
+    if len(videos) != len(second_per_grid_ts):
+        raise ValueError(f"{len(videos)} videos, but {len(second_per_grid_ts)} of second_per_grid_ts")
+    spans = {
+        image_token_id: iter([(grid, 0.0) for grid in image_grid_thw.tolist()]),
+        video_token_id: iter(zip(videos, second_per_grid_ts, strict=True)),
+    }
     parts: list[Tensor] = []
     start = 0
-    grids = iter(image_grid_thw.tolist())
-    for is_image, run in groupby(input_ids, key=lambda token: token == image_token_id):
+    for token, run in groupby(input_ids, key=lambda token: token if token in spans else None):
         length = len(list(run))
-        if is_image:
-            part = _grid(next(grids, [0, 0, 0]), merge_size)
+        if token is None:
+            part = torch.arange(length).expand(3, length)
+        else:
+            grid, seconds = next(spans[token], ([0, 0, 0], 0.0))
+            part = _grid(grid, merge_size, tokens_per_second * seconds)
             if part.shape[1] != length:
                 raise ValueError(f"{length} image tokens stand together, but the picture has {part.shape[1]}")
-        else:
-            part = torch.arange(length).expand(3, length)
         parts.append(part + start)
         start += int(part.max()) + 1
-    if next(grids, None) is not None:
+    if any(next(left, None) is not None for left in spans.values()):
         raise ValueError("there are more pictures than runs of image tokens")
     return torch.cat(parts, dim=1)
 
 
-def _grid(thw: Sequence[int], merge_size: int) -> Tensor:
-    """``[3, tokens]`` of one picture, from 0; a still picture's time is 0 throughout."""
+def _grid(thw: Sequence[int], merge_size: int, interval: float) -> Tensor:
+    """``[3, tokens]`` of one picture or video, from 0; times are cut to whole steps after the multiplication."""
     t, h, w = thw[0], thw[1] // merge_size, thw[2] // merge_size
     zeros = torch.zeros(t, h, w, dtype=torch.long)
-    return torch.stack([zeros, zeros + torch.arange(h)[:, None], zeros + torch.arange(w)]).flatten(1)
+    times = (torch.arange(t) * torch.tensor(interval)).long()
+    return torch.stack(
+        [zeros + times[:, None, None], zeros + torch.arange(h)[:, None], zeros + torch.arange(w)]
+    ).flatten(1)

@@ -11,19 +11,39 @@ from typing import TYPE_CHECKING
 
 from mm_convert.megatron import TRACKER
 from mm_finetune.config import TrainConfig
-from mm_finetune.data import Batch, Dataset, collate, step_numbers
-from mm_finetune.errors import OutputExistsError
-from mm_finetune.progress import RunLog
+from mm_finetune.config_checks import not_there_yet
+from mm_finetune.data import Dataset, Layout, Loader, LoaderSettings, Processes
+from mm_finetune.errors import ConfigError, OutputExistsError
+from mm_finetune.launch import process_rank
 from mm_finetune.schedule import learning_rate
+from mm_finetune.watching import (
+    Guard,
+    ModelShape,
+    RunLog,
+    Tracker,
+    Work,
+    device_peak_tflops,
+    memory_bytes,
+    open_trackers,
+    require_trackers,
+    step_flops,
+)
 
 if TYPE_CHECKING:
     import torch
 
+    from mm_finetune.engine.model import QwenVL
     from mm_finetune.engine.parallel import Ranks
     from mm_finetune.engine.weights import Checkpoint
 
 # What a run writes into its folder, and all that a new run takes away from it.
-CONFIG, METRICS, CHECKPOINT = "config.yaml", "metrics.jsonl", "checkpoint"
+CONFIG, METRICS, ANOMALIES, BAD, CHECKPOINT = (
+    "config.yaml",
+    "metrics.jsonl",
+    "anomalies.jsonl",
+    "bad.jsonl",
+    "checkpoint",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +62,13 @@ def prepare(config: TrainConfig, *, world_size: int) -> PreparedRun:
         FinetuneError: see :mod:`mm_finetune.errors`.
     """
     config.data_parallel_size(world_size)
+    if faults := not_there_yet(config):
+        raise ConfigError("; ".join(faults))
+    require_trackers(config.output.trackers)
     _check_output(config)
     dataset = Dataset(config.data, config.model.hf_dir)
-    dataset.check()
+    dataset.check(progress=process_rank()[0] == 0)
+    config = config.resolved(len(dataset.index.usable))
     from mm_finetune.engine.weights import Checkpoint
 
     checkpoint = Checkpoint(config.model.load, config.model.hf_dir, config.parallel)
@@ -66,19 +90,48 @@ def train(run: PreparedRun) -> Path:
 
     config, hf_config = run.config, AutoConfig.from_pretrained(run.config.model.hf_dir)
     with processes() as device, mcore_on(device), model_parallel(config.parallel) as ranks:
-        settings = transformer_config(hf_config.text_config, config.parallel, run.checkpoint.layout.llm_pp_layers[0])
+        settings = transformer_config(
+            hf_config.text_config, config.parallel, sum(run.checkpoint.layout.llm_pp_layers, ()), config.train
+        )
         model = QwenVL(settings, hf_config, ranks)
         run.checkpoint.load(model, ranks)
+        if config.train.freeze:
+            run.checkpoint.freeze(model, ranks, config.train.freeze)
         model.to(device)
         trainer = Trainer(model, config.train, ranks)
-        with closing(_start(config, ranks)) as log:
+        shape = ModelShape.of(hf_config)
+        anomalies = config.output.dir / ANOMALIES if ranks.rank == 0 else None
+        guard = Guard(anomalies, policy=config.train.on_nan, spike_factor=config.train.spike_factor)
+        with closing(_start(config, ranks, device)) as log, closing(_loader(run, ranks, device)) as loader:
             for step in range(1, config.train.steps + 1):
                 lr = _learning_rate(config, step)
-                result = trainer.step(_batches(run, step, ranks, device), lr)
-                log.step(step, loss=result.loss, lr=lr, grad_norm=result.grad_norm, tokens=result.tokens)
-        target = config.output.dir / CHECKPOINT
-        run.checkpoint.save(model, ranks, target, config.train.steps)
-    return target
+                with log.waiting():
+                    data = loader.step(step, device)
+                flops = step_flops(shape, Work.of(data.batches)) / max(1, sum(batch.tokens for batch in data.batches))
+                result = trainer.step(data.batches, lr, guard.decide)
+                log.step(
+                    step,
+                    loss=result.loss,
+                    lr=lr,
+                    grad_norm=result.grad_norm,
+                    tokens=result.tokens,
+                    # Those of this rank's tokens stand for all.
+                    flops=flops * result.tokens,
+                    skipped=not result.taken,
+                )
+                guard.settle(step, data.numbers)
+                if step == config.train.steps or (config.output.save_every and step % config.output.save_every == 0):
+                    _save(run, model, ranks, step)
+    return config.output.dir / CHECKPOINT
+
+
+def _save(run: PreparedRun, model: QwenVL, ranks: Ranks, step: int) -> None:
+    """Save the weights; older ones go when the new ones are whole."""
+    target, keep = run.config.output.dir / CHECKPOINT, run.config.output.keep_last
+    run.checkpoint.save(model, ranks, target, step)
+    if keep and ranks.rank == 0:
+        for old in sorted(target.glob("iter_*"))[:-keep]:
+            shutil.rmtree(old)
 
 
 def _learning_rate(config: TrainConfig, step: int) -> float:
@@ -87,15 +140,24 @@ def _learning_rate(config: TrainConfig, step: int) -> float:
     return learning_rate(step, steps=train.steps, lr=train.lr, min_lr=train.min_lr, warmup_steps=warmup)
 
 
-def _batches(run: PreparedRun, step: int, ranks: Ranks, device: torch.device) -> list[Batch]:
-    """This data-parallel rank's micro-batches of a step."""
-    train = run.config.train
-    numbers = step_numbers(len(run.dataset), step, global_batch_size=train.global_batch_size, seed=train.seed)
-    size = train.micro_batch_size
-    micro = [numbers[i : i + size] for i in range(0, len(numbers), size)]
-    share = len(micro) // ranks.dp_size
-    mine = micro[ranks.dp_rank * share : (ranks.dp_rank + 1) * share]
-    return [collate([run.dataset[n] for n in group]).to(device) for group in mine]
+def _loader(run: PreparedRun, ranks: Ranks, device: torch.device) -> Loader:
+    """This process's micro-batches; every process then holds rank 0's index, and knows of the same bad records."""
+    from megatron.core import parallel_state
+
+    train, data = run.config.train, run.config.data
+    group = parallel_state.get_tensor_model_parallel_group()
+    exchange = Processes(device, needs_pixels=ranks.first_stage, group=group)
+    run.dataset.adopt(exchange.once(lambda: run.dataset.index))
+    room = (data.pack_length or data.seq_length) if data.packing else None
+    settings = LoaderSettings(
+        global_batch_size=train.global_batch_size,
+        seed=train.seed,
+        last_step=train.steps,
+        layout=Layout(ranks=ranks.dp_size, micro_batch_size=train.micro_batch_size, room=room),
+        rank=ranks.dp_rank,
+    )
+    bad = run.dataset.check(report=run.config.output.dir / BAD if ranks.rank == 0 else None)
+    return Loader(run.dataset, settings, exchange=exchange, bad=bad)
 
 
 def _check_output(config: TrainConfig) -> None:
@@ -107,19 +169,29 @@ def _check_output(config: TrainConfig) -> None:
         raise OutputExistsError(f"{folder} is there and is no folder of a run; choose another output.dir")
     if (folder / CHECKPOINT / TRACKER).exists() and not config.output.overwrite:
         raise OutputExistsError(
-            f"{folder} holds a finished run; choose another output.dir or add output.overwrite=true"
+            f"{folder} holds a run with a checkpoint; choose another output.dir or add output.overwrite=true"
         )
 
 
-def _start(config: TrainConfig, ranks: Ranks) -> RunLog:
-    import yaml
-
-    log_path = None
+def _start(config: TrainConfig, ranks: Ranks, device: torch.device) -> RunLog:
+    folder, output = config.output.dir, config.output
+    trackers: tuple[Tracker, ...] = ()
     if ranks.rank == 0:
-        folder = config.output.dir
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
-        text = yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True)
-        (folder / CONFIG).write_text(text, encoding="utf-8")
-        log_path = folder / METRICS
-    return RunLog(log_path, steps=config.train.steps, samples=config.train.global_batch_size)
+        (folder / ANOMALIES).unlink(missing_ok=True)
+        (folder / BAD).unlink(missing_ok=True)
+        (folder / CONFIG).write_text(config.as_yaml(folder), encoding="utf-8")
+        trackers = open_trackers(output.trackers, folder, project=output.project, settings=config.as_dict(folder))
+    peak = output.peak_tflops or device_peak_tflops(device)
+    return RunLog(
+        folder / METRICS if ranks.rank == 0 else None,
+        steps=config.train.steps,
+        samples=config.train.global_batch_size,
+        log_format=output.log_format,
+        log_every=output.log_every,
+        log_tps=output.log_tps,
+        peak_flops=peak and peak * 1e12 * ranks.world_size,
+        memory=lambda: memory_bytes(device),
+        trackers=trackers,
+    )

@@ -10,9 +10,9 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("run_dir", metavar="RUN", type=Path, help="the run: config.yaml and metrics.jsonl")
-    parser.add_argument("--before", type=Path, required=True, help="what eval wrote before the run")
-    parser.add_argument("--after", type=Path, required=True, help="what eval wrote after the run")
-    parser.add_argument("--output", type=Path, required=True, help="HTML file to write")
+    parser.add_argument("--before", type=Path, help="what eval wrote before the run")
+    parser.add_argument("--after", type=Path, help="what eval wrote after the run; those of RUN/evals stand between")
+    parser.add_argument("--output", type=Path, help="HTML file to write (default: RUN/report.html)")
     parser.add_argument(
         "--attach", type=Path, nargs="+", default=[], metavar="FILE", help="more .png pictures and .mp4 videos to show"
     )
@@ -23,15 +23,16 @@ def run(args: argparse.Namespace) -> int:
     """Write the page."""
     from mm_finetune.report import write_report
 
+    output = args.output or args.run_dir / "report.html"
     report = write_report(
         args.run_dir,
         before=args.before,
         after=args.after,
-        output=args.output,
+        output=output,
         attach=args.attach,
         overwrite=args.overwrite,
     )
-    sys.stdout.write(
-        f"exactly right: {report.before.accuracy:.1%} -> {report.after.accuracy:.1%}; page: {args.output}\n"
-    )
+    shares = [f"{stage.evaluation.accuracy:.1%}" for stage in report.stages]
+    words = " -> ".join(dict.fromkeys([shares[0], shares[-1]])) if shares else ""
+    sys.stdout.write(f"exactly right: {words}; page: {output}\n" if words else f"page: {output}\n")
     return 0

@@ -10,11 +10,35 @@ from pathlib import Path
 # The first process that fails makes torchrun end the others: rank 0 must be it, or its words are never said.
 WAITS_SECONDS = 15
 
+# Megatron's names of what the configuration has too; `--flag [value]` is `key=value`.
+SWITCHES = {
+    "--no-load-optim": "output.no_load_optim",
+    "--no-load-rng": "output.no_load_rng",
+    "--no-save-optim": "output.no_save_optim",
+    "--no-save-rng": "output.no_save_rng",
+    "--log-tps": "output.log_tps",
+}
+VALUES = {
+    "--save-interval": "output.save_every",
+    "--log-interval": "output.log_every",
+    "--max-samples": "data.max_samples",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("config", type=Path, help="YAML file; see mm_finetune.config")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example train.lr=1e-4")
+    parser.add_argument("--print_config", action="store_true", help="print the whole configuration, and do nothing")
+    same = parser.add_argument_group("Megatron's names", "for scripts that have them; each is also a key")
+    for flag, key in SWITCHES.items():
+        same.add_argument(
+            flag, action="append_const", const=f"{key}=true", dest="flags", default=[], help=f"{key}=true"
+        )
+    for flag, key in VALUES.items():
+        same.add_argument(
+            flag, action="append", type=f"{key}={{}}".format, dest="flags", metavar="N", help=f"{key}=N"
+        )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -23,19 +47,34 @@ def run(args: argparse.Namespace) -> int:
     All checks give the same result on every process; rank 0 alone reports them.
     """
     from mm_finetune.config import load_config
-    from mm_finetune.errors import FinetuneError
+    from mm_finetune.errors import AnomalyError, FinetuneError
     from mm_finetune.launch import process_rank
-    from mm_finetune.training import prepare, train
 
     rank, world_size = process_rank()
     try:
-        prepared = prepare(load_config(args.config, args.overrides), world_size=world_size)
-    except (FinetuneError, OSError):
-        if rank:
-            time.sleep(WAITS_SECONDS)
-            return 2
-        raise
-    folder = train(prepared)
+        config = load_config(args.config, [*args.overrides, *args.flags])
+        if args.print_config:
+            sys.stdout.write(config.as_yaml() if rank == 0 else "")
+            return 0
+        from mm_finetune.training import prepare
+
+        prepared = prepare(config, world_size=world_size)
+    except (FinetuneError, OSError) as error:
+        return _leave_it_to_the_first(rank, error)
+    from mm_finetune.training import train
+
+    try:
+        folder = train(prepared)
+    except AnomalyError as error:
+        return _leave_it_to_the_first(rank, error)
     if rank == 0:
         sys.stdout.write(f"checkpoint: {folder}\n")
     return 0
+
+
+def _leave_it_to_the_first(rank: int, error: Exception) -> int:
+    """Of an error that every rank has: the first one tells it, the others wait until it has."""
+    if rank == 0:
+        raise error
+    time.sleep(WAITS_SECONDS)
+    return 2

@@ -1,7 +1,8 @@
 """The training engine: megatron-core, on whatever device torch knows.
 
 ``device`` lets megatron-core run off CUDA · ``parallel`` process groups and megatron's configuration ·
-``layers`` norm and attention · ``model`` Qwen2.5-VL · ``weights`` checkpoints · ``step`` one optimizer step.
+``layers``, ``attention``, ``vision``, ``model`` Qwen2.5-VL · ``loss`` cross entropy in chunks ·
+``weights`` checkpoints · ``micro_batches``, ``step`` one optimizer step.
 """
 
 import warnings

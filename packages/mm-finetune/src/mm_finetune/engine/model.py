@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -14,15 +21,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from mm_finetune.data import Batch
-from mm_finetune.engine.layers import CoreAttention, RMSNorm
+from mm_finetune.engine.attention import Rows
+from mm_finetune.engine.layers import CoreAttention, PackedRow, RMSNorm
+from mm_finetune.engine.loss import linear_cross_entropy
 from mm_finetune.engine.parallel import Ranks
+from mm_finetune.engine.vision import vision_tower
 
 
-class QwenVL(MegatronModule):
-    """One pipeline stage of Qwen2.5-VL.
-
-    The names under ``text_decoder`` are those of the checkpoint layout; ``visual`` holds the
-    Hugging Face tower, whole on every tensor-parallel rank of the first stage.
+class QwenVL(nn.ModuleList):
+    """What one process holds of Qwen2.5-VL: a :class:`Chunk`, or with virtual pipeline stages several.
 
     Args:
         config: Megatron's configuration.
@@ -31,13 +38,41 @@ class QwenVL(MegatronModule):
     """
 
     def __init__(self, config: TransformerConfig, hf_config: Any, ranks: Ranks) -> None:
+        super().__init__()
+        self.config = config
+        for number in range(ranks.vpp_size):
+            if ranks.vpp_size > 1:
+                parallel_state.set_virtual_pipeline_model_parallel_rank(number)
+            self.append(Chunk(config, hf_config, ranks, number))
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """The chunks."""
+        return cast(Iterator[Chunk], super().__iter__())
+
+
+class Chunk(MegatronModule):
+    """One pipeline stage, or virtual pipeline stage, of Qwen2.5-VL.
+
+    The names under ``text_decoder`` are those of the checkpoint layout; ``visual`` holds the
+    Hugging Face tower, whole on every tensor-parallel rank of the first stage.
+
+    Args:
+        config: Megatron's configuration.
+        hf_config: transformers' ``Qwen2_5_VLConfig``.
+        ranks: where this process stands.
+        number: which of the process's virtual stages.
+    """
+
+    def __init__(self, config: TransformerConfig, hf_config: Any, ranks: Ranks, number: int) -> None:
         super().__init__(config)
         self.model_type = ModelType.encoder_or_decoder
-        self.pre_process, self.post_process = ranks.first_stage, ranks.last_stage
+        self.pre_process = ranks.first_stage and number == 0
+        self.post_process = ranks.last_stage and number == ranks.vpp_size - 1
+        self.vp_stage = number if ranks.vpp_size > 1 else None
         self.share_embeddings_and_output_weights = hf_config.tie_word_embeddings
-        self.image_token_id: int = hf_config.image_token_id
-        self.visual = vision_tower(hf_config) if self.pre_process else None
-        self.text_decoder = _decoder(config, hf_config, ranks)
+        self.picture_tokens: tuple[int, int] = (hf_config.image_token_id, hf_config.video_token_id)
+        self.visual = vision_tower(hf_config, config) if self.pre_process else None
+        self.text_decoder = _decoder(config, hf_config, self)
         if self.pre_process:
             # Picture features are put in before anything is scattered.
             embedding = self.text_decoder.embedding
@@ -56,48 +91,86 @@ class QwenVL(MegatronModule):
         """Run the stage.
 
         Returns:
-            The last stage: loss of each token ``[batch, tokens]``, or with `logits`
+            The last stage: the sum of all tokens' losses, each times its ``loss_mask``, or with `logits`
             ``[batch, tokens, vocabulary / tp]``.
-            Other stages: hidden states ``[tokens, batch, hidden]``.
+            Other stages: hidden states ``[tokens, batch, hidden]``; with sequence parallelism this rank's tokens.
         """
-        embedded = self._embed(batch) if self.pre_process else None
-        labels = None if logits else batch.labels
         return self.text_decoder(  # type: ignore[no-any-return]
-            batch.input_ids, batch.position_ids, None, decoder_input=embedded, labels=labels
+            batch.input_ids,
+            batch.position_ids,
+            None,
+            decoder_input=self._embed(batch) if self.pre_process else None,
+            labels=None if logits else batch.labels,
+            loss_mask=batch.loss_mask,
+            packed_seq_params=_packed_row(batch),
         )
 
     def _embed(self, batch: Batch) -> Tensor:
-        """``[tokens, batch, hidden]``: word embeddings, with picture features where pictures stand."""
+        """``[tokens, batch, hidden]``: word embeddings, with picture features where pictures and videos stand."""
         embedded: Tensor = self.text_decoder.embedding.word_embeddings(batch.input_ids)
-        if batch.pixel_values is not None and self.visual is not None:
-            features = self.visual(batch.pixel_values, grid_thw=batch.image_grid_thw).pooler_output
-            where = (batch.input_ids == self.image_token_id)[..., None].expand_as(embedded)
-            embedded = embedded.masked_scatter(where, features.to(embedded.dtype))
-        return embedded.transpose(0, 1).contiguous()
+        pictures = (batch.pixel_values, batch.image_grid_thw)
+        videos = (batch.pixel_values_videos, batch.video_grid_thw)
+        for (pixels, grid_thw), token in zip((pictures, videos), self.picture_tokens, strict=True):
+            if pixels is not None and self.visual is not None:
+                features = self.visual(pixels.to(embedded.dtype), grid_thw=grid_thw).pooler_output
+                where = (batch.input_ids == token)[..., None].expand_as(embedded)
+                embedded = embedded.masked_scatter(where, features.to(embedded.dtype))
+        embedded = embedded.transpose(0, 1).contiguous()
+        if torch.is_grad_enabled() and not embedded.requires_grad:
+            # All of it is frozen. A layer that is computed again, or a stage that is all frozen, would take this for
+            # "no gradient is wanted of me", and its own weights would get none, without an error.
+            embedded.requires_grad_()
+        if self.config.sequence_parallel:
+            embedded = scatter_to_sequence_parallel_region(embedded)
+        return embedded
 
 
-def vision_tower(hf_config: Any) -> nn.Module:
-    """The vision transformer and its merger, by transformers."""
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+class Decoder(GPTModel):
+    """Megatron's decoder with a loss that never holds all logits."""
 
-    tower = Qwen2_5_VisionTransformerPretrainedModel._from_config(hf_config.vision_config, dtype=torch.float32)
-    return tower  # type: ignore[no-any-return]
+    def _postprocess(
+        self, hidden_states: Tensor, *, labels: Tensor | None, loss_mask: Tensor | None, **rest: Any
+    ) -> Tensor:
+        if not self.post_process or labels is None:
+            return super()._postprocess(  # type: ignore[no-any-return]
+                hidden_states=hidden_states, labels=labels, loss_mask=loss_mask, **rest
+            )
+        assert loss_mask is not None, "labels come with a loss mask"
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states)
+        else:
+            hidden_states = copy_to_tensor_model_parallel_region(hidden_states)
+        tied = self.share_embeddings_and_output_weights
+        weights_N = loss_mask.t().flatten()
+        at_N = weights_N.nonzero()[:, 0]
+        return linear_cross_entropy(
+            hidden_states.flatten(0, 1)[at_N],
+            self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
+            labels.t().flatten()[at_N],
+            weights_N[at_N],
+            group=self.pg_collection.tp,
+        )
 
 
-def _decoder(config: TransformerConfig, hf_config: Any, ranks: Ranks) -> GPTModel:
+def _packed_row(batch: Batch) -> PackedRow | None:
+    return None if batch.cu_seqlens is None else PackedRow(rows=Rows.packed(batch.cu_seqlens))
+
+
+def _decoder(config: TransformerConfig, hf_config: Any, chunk: Chunk) -> Decoder:
     text = hf_config.text_config
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     layer.submodules.self_attention.submodules.core_attention = CoreAttention
-    layers = TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
-    return GPTModel(
+    count = get_num_layers_to_build(config, chunk.vp_stage)
+    return Decoder(
         config,
-        layers,
+        TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm),
         vocab_size=text.vocab_size,
         max_sequence_length=text.max_position_embeddings,
-        pre_process=ranks.first_stage,
-        post_process=ranks.last_stage,
+        pre_process=chunk.pre_process,
+        post_process=chunk.post_process,
         share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
         position_embedding_type="mrope",
         rotary_base=int(text.rope_parameters["rope_theta"]),
+        vp_stage=chunk.vp_stage,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from mm_finetune.config import ParallelConfig
+from mm_finetune.config import OptimizationConfig, ParallelConfig
+from mm_finetune.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,7 @@ class Ranks:
     tp_rank: int
     pp_rank: int
     pp_size: int
+    vpp_size: int = 1
     dp_rank: int
     dp_size: int
 
@@ -57,7 +60,10 @@ def processes() -> Iterator[torch.device]:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
-        yield device
+        with warnings.catch_warnings():
+            # Megatron calls functions of torch.distributed by names that newer versions give up.
+            warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+            yield device
     finally:
         dist.destroy_process_group()
 
@@ -67,7 +73,8 @@ def model_parallel(config: ParallelConfig) -> Iterator[Ranks]:
     """Megatron's process groups for a layout; the seeds of its generators are set too."""
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    parallel_state.initialize_model_parallel(config.tp_size, config.pp_size)
+    virtual = config.vpp_size if config.vpp_size > 1 else None
+    parallel_state.initialize_model_parallel(config.tp_size, config.pp_size, virtual)
     model_parallel_cuda_manual_seed(0)
     try:
         yield Ranks(
@@ -76,6 +83,7 @@ def model_parallel(config: ParallelConfig) -> Iterator[Ranks]:
             tp_rank=parallel_state.get_tensor_model_parallel_rank(),
             pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
             pp_size=config.pp_size,
+            vpp_size=config.vpp_size,
             dp_rank=parallel_state.get_data_parallel_rank(),
             dp_size=parallel_state.get_data_parallel_world_size(),
         )
@@ -83,15 +91,23 @@ def model_parallel(config: ParallelConfig) -> Iterator[Ranks]:
         parallel_state.destroy_model_parallel()
 
 
-def transformer_config(text: Any, parallel: ParallelConfig, llm_pp_layers: tuple[int, ...]) -> TransformerConfig:
+def transformer_config(
+    text: Any, parallel: ParallelConfig, llm_pp_layers: tuple[int, ...], train: OptimizationConfig | None = None
+) -> TransformerConfig:
     """Megatron's configuration of the language model.
 
     Args:
         text: transformers' ``Qwen2_5_VLTextConfig``.
         parallel: parallel sizes.
-        llm_pp_layers: language layers of each pipeline stage.
+        llm_pp_layers: language layers of each pipeline stage; of virtual ones, row after row of the layout.
+        train: precision and recomputation; default: float32, none.
+
+    Raises:
+        ConfigError: the layers don't fit the stages, or the heads the tensor-parallel size.
     """
+    _check_sizes(text, parallel, llm_pp_layers)
     pipeline = parallel.pp_size > 1
+    dtype = torch.bfloat16 if train and train.dtype == "bf16" else torch.float32
     return TransformerConfig(
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
@@ -111,8 +127,13 @@ def transformer_config(text: Any, parallel: ParallelConfig, llm_pp_layers: tuple
         tensor_model_parallel_size=parallel.tp_size,
         pipeline_model_parallel_size=parallel.pp_size,
         pipeline_model_parallel_layout=_stages(llm_pp_layers) if pipeline else None,
-        params_dtype=torch.float32,
-        pipeline_dtype=torch.float32,
+        # A sequence of one rank is whole; Megatron refuses to call that sequence parallel.
+        sequence_parallel=parallel.sequence_parallel and parallel.tp_size > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        autocast_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # The optimizer step divides by the tokens of the whole global batch; Megatron then only sums.
         calculate_per_token_loss=True,
         cuda_graph_scope=[],
         # Without it the shards are not marked as such, and the gradient norm counts rank 0's only.
@@ -124,15 +145,44 @@ def transformer_config(text: Any, parallel: ParallelConfig, llm_pp_layers: tuple
         moe_token_dispatcher_type="alltoall",
         # Freed outputs are read by sends that are still under way where there is no stream order.
         deallocate_pipeline_outputs=False,
+        **(_INTERLEAVED if parallel.vpp_size > 1 else {}),
+        **_RECOMPUTE[train.recompute if train else "none"],
         **dict.fromkeys(_FUSIONS, False),
     )
 
+
+# With two stages both neighbours are the same process, and batched sends and receives would pair up wrongly,
+# without an error.
+_INTERLEAVED: dict[str, Any] = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 
 # Fused paths that need Apex, Transformer Engine or CUDA.
 _FUSIONS = (
     "bias_activation_fusion", "masked_softmax_fusion", "gradient_accumulation_fusion", "bias_dropout_fusion",
     "apply_rope_fusion", "persist_layer_norm",
 )  # fmt: skip
+
+
+def _check_sizes(text: Any, parallel: ParallelConfig, llm_pp_layers: tuple[int, ...]) -> None:
+    stages, layers = parallel.pp_size * parallel.vpp_size, text.num_hidden_layers
+    faults = []
+    if len(llm_pp_layers) != stages or sum(llm_pp_layers) != layers:
+        faults.append(
+            f"the layers {list(llm_pp_layers)} must be one number for each of the {stages} stages (pp_size"
+            f" {parallel.pp_size} x vpp_size {parallel.vpp_size}), {layers} in all"
+        )
+    if parallel.vpp_size > 1 and parallel.pp_size == 1:
+        faults.append(f"parallel.vpp_size is {parallel.vpp_size}; it needs parallel.pp_size of 2 or more")
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"):
+        if getattr(text, name) % parallel.tp_size:
+            faults.append(f"parallel.tp_size {parallel.tp_size} does not divide {name} {getattr(text, name)}")
+    if faults:
+        raise ConfigError("; ".join(faults))
 
 
 def _stages(llm_pp_layers: tuple[int, ...]) -> list[list[str]]:

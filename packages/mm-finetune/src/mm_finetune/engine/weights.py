@@ -8,6 +8,7 @@ on the way out.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from mm_finetune.config import ParallelConfig
 from mm_finetune.engine.model import QwenVL
 from mm_finetune.engine.parallel import Ranks
 from mm_finetune.errors import CheckpointError
+from mm_finetune.selection import common_rate, rates_of
 
 CONVERTER = "Qwen2_5_VLConverter"
 DECODER = "text_decoder."
@@ -64,14 +66,46 @@ class Checkpoint:
         _check_layout(mm_dir, self.layout, parallel)
 
     def load(self, model: QwenVL, ranks: Ranks) -> None:
-        """Fill a stage's weights."""
+        """Fill this process's weights."""
         path = self.folder.directory / self.layout.rank_dir(ranks.tp_rank, ranks.pp_rank) / RANK_FILE
-        held = load_rank_file(path)["model"]
-        decoder = {name.removeprefix(DECODER): t for name, t in held.items() if name.startswith(DECODER)}
-        _load(model.text_decoder, decoder)
-        if model.visual is not None:
-            read = megatron_reader(self.folder)
-            _load(model.visual, {name: assemble(self.plan, ref, read) for name, ref in self._tower_names().items()})
+        sections = load_rank_file(path)
+        for number, chunk in enumerate(model):
+            held = sections.get(section_name(ranks, number), {})
+            decoder = {name.removeprefix(DECODER): t for name, t in held.items() if name.startswith(DECODER)}
+            _load(chunk.text_decoder, decoder)
+            if chunk.visual is not None:
+                read = megatron_reader(self.folder)
+                _load(chunk.visual, {n: assemble(self.plan, ref, read) for n, ref in self._tower_names().items()})
+
+    def freeze(self, model: QwenVL, ranks: Ranks, patterns: Sequence[str]) -> None:
+        """Take weights out of training, before the model is wrapped.
+
+        Args:
+            model: this process's part.
+            ranks: where it stands.
+            patterns: see :func:`mm_finetune.selection.rates_of`.
+
+        Raises:
+            ConfigError: a pattern matches nothing, nothing is left, or a fused weight would be frozen in part.
+        """
+        canonical = {ref: self.converter.family.canonical(ref.name) for ref in self.hf.tensors}
+        rates = rates_of(sorted(canonical.values()), freeze=patterns, lr_scale={})
+        file = f"{self.layout.rank_dir(ranks.tp_rank, ranks.pp_rank)}/{RANK_FILE}"
+        made: dict[tuple[str, str], set[str]] = {}
+        for part in (self.plan.writes, self.plan.checks):
+            for target, segments in part.items():
+                for segment in segments:
+                    if segment.source.file == file:
+                        place = (segment.source.section, segment.source.name)
+                        made.setdefault(place, set()).add(canonical[target])
+        for number, chunk in enumerate(model):
+            section = section_name(ranks, number)
+            for name, parameter in chunk.text_decoder.named_parameters():
+                parts = sorted(made[section, DECODER + name])
+                parameter.requires_grad_(common_rate(DECODER + name, parts, rates) > 0)
+            if chunk.visual is not None:
+                for name, parameter in chunk.visual.named_parameters():
+                    parameter.requires_grad_(rates[TOWER + name] > 0)
 
     def save(self, model: QwenVL, ranks: Ranks, directory: Path, iteration: int) -> None:
         """Write this rank's file; when all have, give the folder its name and move the tracker.
@@ -87,7 +121,7 @@ class Checkpoint:
         if ranks.dp_rank == 0:
             folder = partial / self.layout.rank_dir(ranks.tp_rank, ranks.pp_rank)
             folder.mkdir()
-            content = {"model": self._rank_tensors(model, ranks), "iteration": iteration}
+            content = {**self._rank_tensors(model, ranks), "iteration": iteration}
             torch.save({**content, "checkpoint_version": CHECKPOINT_VERSION}, folder / RANK_FILE)
         dist.barrier()
         if ranks.rank == 0:
@@ -103,11 +137,15 @@ class Checkpoint:
         canonical = {self.converter.family.canonical(ref.name): ref for ref in self.hf.tensors}
         return {name.removeprefix(TOWER): ref for name, ref in canonical.items() if name.startswith(TOWER)}
 
-    def _rank_tensors(self, model: QwenVL, ranks: Ranks) -> dict[str, Tensor]:
-        decoder = {DECODER + name: t for name, t in _tensors(model.text_decoder).items()}
-        if model.visual is None:
-            return decoder
-        return self._cut_tower(_tensors(model.visual), ranks.tp_rank) | decoder
+    def _rank_tensors(self, model: QwenVL, ranks: Ranks) -> dict[str, dict[str, Tensor]]:
+        """The sections of this rank's file."""
+        sections = {}
+        for number, chunk in enumerate(model):
+            tensors = {DECODER + name: t for name, t in _tensors(chunk.text_decoder).items()}
+            if chunk.visual is not None:
+                tensors = self._cut_tower(_tensors(chunk.visual), ranks.tp_rank) | tensors
+            sections[section_name(ranks, number)] = tensors
+        return sections
 
     def _cut_tower(self, tower: dict[str, Tensor], tp_rank: int) -> dict[str, Tensor]:
         """The tower's slices of one tensor-parallel rank, under the layout's names."""
@@ -123,21 +161,30 @@ class Checkpoint:
         return {ref.name: assemble(plan, ref, read) for ref in targets if ref.file == file}
 
 
+def section_name(ranks: Ranks, number: int) -> str:
+    """The entry of a rank's file that holds one of the process's chunks."""
+    return f"model{number}" if ranks.vpp_size > 1 else "model"
+
+
 def _check_layout(mm_dir: Path, layout: Layout, parallel: ParallelConfig) -> None:
-    found = (layout.tp_size, layout.pp_size)
-    if found != (parallel.tp_size, parallel.pp_size):
+    found, asked = (_sizes(sizes.tp_size, sizes.pp_size, sizes.vpp_size) for sizes in (layout, parallel))
+    if found != asked:
+        vpp = f" parallel.vpp_size={layout.vpp_size}" if layout.vpp_size != parallel.vpp_size else ""
         raise CheckpointError(
-            f"{mm_dir} is cut for tp_size {layout.tp_size} and pp_size {layout.pp_size}, the run asks for tp_size"
-            f" {parallel.tp_size} and pp_size {parallel.pp_size}; convert it for the run's layout, or set"
-            f" parallel.tp_size={layout.tp_size} parallel.pp_size={layout.pp_size}"
+            f"{mm_dir} is cut for {found}, the run asks for {asked}; convert it for the run's layout, or set"
+            f" parallel.tp_size={layout.tp_size} parallel.pp_size={layout.pp_size}{vpp}"
         )
-    if layout.vpp_size > 1:
-        raise CheckpointError(f"{mm_dir} has {layout.vpp_size} virtual stages; convert it with one row of layers")
-    if 0 in layout.llm_pp_layers[0] or layout.vit_pp_layers[0][0] != sum(layout.vit_pp_layers[0]):
+    elsewhere = sum(map(sum, layout.vit_pp_layers)) - layout.vit_pp_layers[0][0]
+    if elsewhere or any(0 in row for row in layout.llm_pp_layers):
         raise CheckpointError(
             f"{mm_dir} has {layout}; training wants every vision layer on the first stage and a language layer on"
             " each: for example llm_pp_layers [[12,16]], vit_pp_layers [[32,0]]"
         )
+
+
+def _sizes(tp_size: int, pp_size: int, vpp_size: int) -> str:
+    virtual = f" with {vpp_size} virtual stages each" if vpp_size > 1 else ""
+    return f"tp_size {tp_size} and pp_size {pp_size}{virtual}"
 
 
 def _tensors(module: torch.nn.Module) -> dict[str, Tensor]:

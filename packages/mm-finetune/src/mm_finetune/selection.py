@@ -1,0 +1,92 @@
+"""Which weights train, and how fast: patterns over the published names, and a table of what they do.
+
+>>> rates = rates_of(["visual.merger.mlp.0.weight", "lm_head.weight"], freeze=["visual.*"], lr_scale={})
+>>> rates["visual.merger.mlp.0.weight"], rates["lm_head.weight"]
+(0.0, 1.0)
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from mm_finetune.errors import ConfigError
+
+
+def rates_of(names: Sequence[str], *, freeze: Sequence[str], lr_scale: Mapping[str, float]) -> dict[str, float]:
+    """The factor of the learning rate of each weight; 0 is not trained.
+
+    Args:
+        names: every weight of the whole model, as in its Hugging Face folder, so that all ranks say the same.
+        freeze: patterns of weights that are not trained; ``*`` matches dots too. They go before `lr_scale`.
+        lr_scale: factors by pattern; where several match, the last counts.
+
+    Raises:
+        ConfigError: a pattern matches nothing, or nothing is left to train.
+    """
+    _require_matches(names, {"train.freeze": freeze, "train.lr_scale": list(lr_scale)})
+    rates = {name: _rate(name, freeze, lr_scale) for name in names}
+    if names and not any(rates.values()):
+        raise ConfigError("nothing is left to train: train.freeze and train.lr_scale cover every weight")
+    return rates
+
+
+def common_rate(name: str, parts: Iterable[str], rates: Mapping[str, float]) -> float:
+    """The factor of a weight that holds several published ones, such as a fused q, k and v.
+
+    Raises:
+        ConfigError: they have different factors.
+    """
+    found = {part: rates[part] for part in parts}
+    if len(set(found.values())) != 1:
+        listed = ", ".join(f"{part}: {rate:g}" for part, rate in found.items())
+        raise ConfigError(f"{name} is one weight here, its parts can't train at different rates ({listed})")
+    return next(iter(found.values()))
+
+
+def trainable_table(sizes: Mapping[str, int], rates: Mapping[str, float]) -> str:
+    """What trains, by module.
+
+    Args:
+        sizes: numbers in each weight.
+        rates: see :func:`rates_of`.
+    """
+    groups: dict[tuple[str, float], int] = {}
+    for name, size in sizes.items():
+        groups[_module(name), rates[name]] = groups.get((_module(name), rates[name]), 0) + size
+    width = max(len(module) for module, _ in groups)
+    rows = [f"{module:{width}}  {size:>15,}  {_words(rate)}" for (module, rate), size in groups.items()]
+    total, trained = sum(sizes.values()), sum(size for name, size in sizes.items() if rates[name])
+    return "\n".join([*rows, f"{'all':{width}}  {total:>15,}  {trained:,} trained ({trained / total:.1%})"])
+
+
+def _require_matches(names: Sequence[str], patterns: Mapping[str, Sequence[str]]) -> None:
+    faults = []
+    for key, group in patterns.items():
+        for pattern in group:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                modules = list(dict.fromkeys(f"{_module(name)}.*" for name in names))
+                near = difflib.get_close_matches(pattern, [*modules, *names], n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(modules)}"
+                faults.append(f"{key}: pattern {pattern!r} matches no weight; {hint}")
+    if faults:
+        raise ConfigError("; ".join(faults))
+
+
+def _rate(name: str, freeze: Sequence[str], lr_scale: Mapping[str, float]) -> float:
+    if any(fnmatchcase(name, pattern) for pattern in freeze):
+        return 0.0
+    found = [scale for pattern, scale in lr_scale.items() if fnmatchcase(name, pattern)]
+    return found[-1] if found else 1.0
+
+
+def _module(name: str) -> str:
+    """The part of the model: the name up to its first number, or without its last part; ``visual.blocks``."""
+    parts = name.split(".")
+    number = next((place for place, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+    return ".".join(parts[: min(number, 2)])
+
+
+def _words(rate: float) -> str:
+    return "frozen" if not rate else "trained" if rate == 1 else f"trained, lr x {rate:g}"
