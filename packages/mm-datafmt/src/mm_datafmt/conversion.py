@@ -233,6 +233,7 @@ class _Job:
             sizes=None if state is None else state["sizes"],
         )
         with _kept_or_removed(outputs, journal), byte_bar(inputs, progress) as on_bytes:
+            outputs.open()
             place = None if state is None else state["place"]
             if self.options.shuffle or weights is not None:
                 seed = self.options.seed if self.options.shuffle else None

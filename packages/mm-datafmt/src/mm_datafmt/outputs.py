@@ -62,6 +62,11 @@ class Outputs:
         self.files = [RecordFile(name, size=size, overwrite=overwrite) for name, size in zip(names, held, strict=True)]
         self._bad = self.files[-1] if keep_bad else None
 
+    def open(self) -> None:
+        """Begin the files, or go on with them: call it where :meth:`close` is sure to follow."""
+        for file in self.files:
+            file.open()
+
     def write(self, records: list[bytes], written: int) -> int:
         """Append records, of which ``written`` came before; return how many went into the validation file."""
         if not self._ratio:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
@@ -41,10 +42,15 @@ class RecordFile:
         self._by_lines = target.suffix == ".jsonl"
         if size and (not self._part.is_file() or self._part.stat().st_size < size):
             raise ResumeError(f"nothing to go on from: {self._part} is missing or too short; run without --resume")
-        self._file: BinaryIO = self._part.open("r+b" if size else "wb")
-        self._file.truncate(size)
-        self._file.seek(size)
+        self._open = ExitStack()
+        self._file: BinaryIO
         self.size = size
+
+    def open(self) -> None:
+        """Begin, or go on; from here on there may be something that :meth:`remove` removes."""
+        self._file = self._open.enter_context(self._part.open("r+b" if self.size else "wb"))
+        self._file.truncate(self.size)
+        self._file.seek(self.size)
 
     def write(self, records: Sequence[bytes]) -> None:
         """Append encoded records."""
@@ -71,7 +77,7 @@ class RecordFile:
         if not self._by_lines:
             self._file.write(b"\n]\n" if self.size else b"[]\n")
         self.flush()
-        self._file.close()
+        self.close()
 
     def appear(self) -> None:
         """Give the complete file its name. Raises :class:`TargetError` if that was taken meanwhile."""
@@ -80,11 +86,11 @@ class RecordFile:
 
     def close(self) -> None:
         """Stop; what was written stays under the temporary name."""
-        self._file.close()
+        self._open.close()
 
     def remove(self) -> None:
         """Stop, and leave nothing."""
         try:
-            self._file.close()
+            self.close()
         finally:  # what a full disk has not taken is not needed
             self._part.unlink(missing_ok=True)

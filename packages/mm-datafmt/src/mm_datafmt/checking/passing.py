@@ -151,6 +151,7 @@ def _bad_sink(target: Path, source: Path, overwrite: bool) -> Iterator[BadSink]:
         file.write([bad_entry(place, faults, str(source), repaired=mended)])
 
     try:
+        file.open()
         yield sink
     except BaseException:
         file.remove()
