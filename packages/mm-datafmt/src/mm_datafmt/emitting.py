@@ -8,6 +8,7 @@ import signal
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
 import orjson
@@ -74,12 +75,11 @@ def outcomes(emitter: Emitter, steps: Iterator[Step], workers: int) -> Iterator[
     context = multiprocessing.get_context("fork")
     pipes: list[tuple[Connection, Connection]] = [context.Pipe() for _ in range(workers)]
     processes = [context.Process(target=_work, args=(emitter, pipes, number), daemon=True) for number in range(workers)]
-    for process in processes:
-        process.start()
-    for _, theirs in pipes:
-        theirs.close()
     busy: deque[tuple[Connection, Step]] = deque()
     try:
+        _start(processes)
+        for _, theirs in pipes:
+            theirs.close()
         for number, step in enumerate(steps):
             if len(busy) == workers:
                 yield _answered(*busy.popleft())
@@ -92,8 +92,19 @@ def outcomes(emitter: Emitter, steps: Iterator[Step], workers: int) -> Iterator[
         for ours, _ in pipes:
             ours.close()
         for process in processes:
-            process.terminate()
-            process.join()
+            if process.pid is not None:  # it was started
+                process.terminate()
+                process.join()
+
+
+def _start(processes: Sequence[BaseProcess]) -> None:
+    """Start all. Ctrl-C waits: halfway through a fork it would be raised in the child as well, or leave it unknown."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        for process in processes:
+            process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _shipped(step: Step) -> tuple[bytes, str, list[object] | None]:

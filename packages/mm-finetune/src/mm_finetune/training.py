@@ -83,21 +83,14 @@ def train(run: PreparedRun) -> Path:
     """
     from transformers import AutoConfig
 
+    from mm_finetune.engine.build import build_model
     from mm_finetune.engine.device import mcore_on
-    from mm_finetune.engine.model import QwenVL
-    from mm_finetune.engine.parallel import model_parallel, processes, transformer_config
+    from mm_finetune.engine.parallel import model_parallel, processes
     from mm_finetune.engine.step import Trainer
 
     config, hf_config = run.config, AutoConfig.from_pretrained(run.config.model.hf_dir)
     with processes() as device, mcore_on(device), model_parallel(config.parallel) as ranks:
-        settings = transformer_config(
-            hf_config.text_config, config.parallel, sum(run.checkpoint.layout.llm_pp_layers, ()), config.train
-        )
-        model = QwenVL(settings, hf_config, ranks)
-        run.checkpoint.load(model, ranks)
-        if config.train.freeze:
-            run.checkpoint.freeze(model, ranks, config.train.freeze)
-        model.to(device)
+        model = build_model(run.checkpoint, config, hf_config, ranks, device)
         trainer = Trainer(model, config.train, ranks)
         shape = ModelShape.of(hf_config)
         anomalies = config.output.dir / ANOMALIES if ranks.rank == 0 else None
