@@ -5,10 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
 import orjson
@@ -77,7 +78,9 @@ def outcomes(emitter: Emitter, steps: Iterator[Step], workers: int) -> Iterator[
     processes = [context.Process(target=_work, args=(emitter, pipes, number), daemon=True) for number in range(workers)]
     busy: deque[tuple[Connection, Step]] = deque()
     try:
-        _start(processes)
+        with _interrupted_later():
+            for process in processes:
+                process.start()
         for _, theirs in pipes:
             theirs.close()
         for number, step in enumerate(steps):
@@ -97,14 +100,20 @@ def outcomes(emitter: Emitter, steps: Iterator[Step], workers: int) -> Iterator[
                 process.join()
 
 
-def _start(processes: Sequence[BaseProcess]) -> None:
-    """Start all. Ctrl-C waits: halfway through a fork it would be raised in the child as well, or leave it unknown."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+@contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """Let Ctrl-C wait for the end of the block: in a fork it would be lost, or raised in the child as well."""
+    if threading.current_thread() is not threading.main_thread():  # it is not raised here
+        yield
+        return
+    caught: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
     try:
-        for process in processes:
-            process.start()
+        yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, before)
+        if caught:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _shipped(step: Step) -> tuple[bytes, str, list[object] | None]:
