@@ -39,9 +39,10 @@ SENTENCE = (
 
 @dataclass(frozen=True)
 class Run:
-    """One measured process."""
+    """One measured process; the time of its processors includes that of its children."""
 
     seconds: float
+    cpu_seconds: float
     peak_mib: float
 
 
@@ -121,7 +122,7 @@ def measure(source: Path, folder: Path, rounds: int, programs: Sequence[str]) ->
 
 
 def measured(line: Sequence[str]) -> Run:
-    """Wall time and peak memory of a process.
+    """Wall time, time of processors and peak memory of a process.
 
     Raises:
         subprocess.CalledProcessError: it failed.
@@ -134,19 +135,20 @@ def measured(line: Sequence[str]) -> Run:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, line)
-    return Run(seconds=seconds, peak_mib=usage.ru_maxrss / 1024)
+    return Run(seconds=seconds, cpu_seconds=usage.ru_utime + usage.ru_stime, peak_mib=usage.ru_maxrss / 1024)
 
 
 def print_table(runs: Mapping[str, Sequence[Run]], records: int, nbytes: int) -> None:
     """A line for each program: medians, and how many times as long as mm-datafmt."""
     print(f"{records} records, {nbytes / 1e6:.0f} MB, {os.cpu_count()} CPUs")
-    print(f"{'program':22} {'seconds':>8} {'MB/s':>6} {'x ours':>7} {'peak MiB':>9}")
+    print(f"{'program':22} {'seconds':>8} {'CPU s':>7} {'MB/s':>6} {'x ours':>7} {'peak MiB':>9}")
     ours = statistics.median(run.seconds for run in runs["mm-datafmt"]) if "mm-datafmt" in runs else None
     for program, measured_runs in runs.items():
         seconds = statistics.median(run.seconds for run in measured_runs)
         ratio = f"{seconds / ours:7.2f}" if ours else f"{'-':>7}"
         peak = max(run.peak_mib for run in measured_runs)
-        print(f"{program:22} {seconds:8.2f} {nbytes / 1e6 / seconds:6.0f} {ratio} {peak:9.0f}")
+        busy = statistics.median(run.cpu_seconds for run in measured_runs)
+        print(f"{program:22} {seconds:8.2f} {busy:7.2f} {nbytes / 1e6 / seconds:6.0f} {ratio} {peak:9.0f}")
 
 
 def write_json(target: Path, runs: Mapping[str, Sequence[Run]], records: int, nbytes: int) -> None:

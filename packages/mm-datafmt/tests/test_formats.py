@@ -1,5 +1,6 @@
 """The two layouts, and the law that going there and back keeps every turn."""
 
+import json
 from typing import Any
 
 import pytest
@@ -144,3 +145,47 @@ def test_samples_are_frozen() -> None:
     with pytest.raises(AttributeError):
         message.role = "gpt"  # type: ignore[misc]
     assert len({Sample(messages=(message,)), Sample(messages=(message,))}) == 1
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x":1}'}}
+
+
+def talk_with_a_call(content: Any) -> dict[str, Any]:
+    return {
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": content, "tool_calls": [CALL]},
+            {"role": "tool", "tool_call_id": "c1", "content": "7"},
+            {"role": "assistant", "content": "Seven."},
+        ]
+    }
+
+
+def test_a_text_beside_a_call_is_carried() -> None:
+    record = talk_with_a_call("Let me look.")
+    sample = FORMATS["openai"].parse(record)
+    assert [turn.role for turn in sample.messages] == ["user", "function", "observation", "assistant"]
+    assert json.loads(sample.messages[1].content) == {"name": "f", "arguments": {"x": 1}}
+    assert FORMATS["openai"].emit(sample) == record
+    assert FORMATS["openai"].lost(sample) == []
+    there = FORMATS["sharegpt"].emit(sample)
+    assert FORMATS["openai"].emit(FORMATS["sharegpt"].parse(there)) == record
+    typed = talk_with_a_call([{"type": "text", "text": "Let me "}, {"type": "text", "text": "look."}])
+    assert FORMATS["openai"].emit(FORMATS["openai"].parse(typed)) == record
+
+
+def test_a_text_beside_a_call_is_not_dropped() -> None:
+    sample = FORMATS["openai"].parse(talk_with_a_call("Let me look."))
+    with pytest.raises(RecordError, match="messages format has no place for a text beside a call") as caught:
+        MESSAGES.emit(sample)
+    assert caught.value.code == "not_carried"
+    assert MESSAGES.emit(FORMATS["openai"].parse(talk_with_a_call(None)))
+    picture = [{"type": "text", "text": "See"}, {"type": "image_url", "image_url": {"url": "a.png"}}]
+    with pytest.raises(RecordError, match="both media and 'tool_calls'"):
+        FORMATS["openai"].parse(talk_with_a_call(picture))
+
+
+@pytest.mark.parametrize("content", [5, {"a": 1}, [5]])
+def test_what_is_no_text_beside_a_call(content: Any) -> None:
+    with pytest.raises(RecordError):
+        FORMATS["openai"].parse(talk_with_a_call(content))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mm_datafmt import BadSamplesError, ParseError, ResumeError, conversion, convert, emitting, read, splitting
+from mm_datafmt import BadSamplesError, ParseError, ResumeError, conversion, convert, outcomes, read, splitting
 
 WriteFile = Callable[..., Path]
 
@@ -133,10 +133,10 @@ def interrupted(source: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with monkeypatch.context() as patch:
 
         def stopping(*arguments: Any) -> Iterator[Any]:
-            yield from islice(emitting.outcomes(*arguments), 3)
+            yield from islice(outcomes.in_order(*arguments), 3)
             raise KeyboardInterrupt
 
-        patch.setattr(conversion, "outcomes", stopping)
+        patch.setattr(conversion, "in_order", stopping)
         with pytest.raises(KeyboardInterrupt):
             convert(source, target, max_samples=3000)
 

@@ -19,7 +19,8 @@ first records tell which. orjson, Pillow and tqdm are imported when the first fi
 
 How it is made: :mod:`.splitting` cuts bytes into runs of decoded records, :mod:`.inputs` does so for every kind
 of file, :mod:`.sources` orders several of them, :mod:`.judging` makes a value a :class:`Sample` or says why not,
-:mod:`.conversion` writes. A new format is one class of two functions in :mod:`.formats`.
+:mod:`.emitting` encodes it (:mod:`.plain` does both in one go where a record is plain), :mod:`.outcomes` shares that
+out to :mod:`.workers`, :mod:`.conversion` writes. A new format is one class of two functions in :mod:`.formats`.
 """
 
 from __future__ import annotations

@@ -7,10 +7,14 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from .commands import check, head, preview, stats
 from .commands.numbers import natural, positive
 from .errors import DataFormatError
+
+if TYPE_CHECKING:
+    from .report import Report
 
 _EXIT_CODES = "exit codes: 0 done, 1 check found problems, 2 usage or input error, 3 internal error, 130 interrupted"
 # Held here as well, so that --help needs not import the formats; a test compares.
@@ -39,10 +43,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
+    from .conversion import can_go_on
+
+    try:
+        report = _converted(options)
+    except KeyboardInterrupt:
+        if not can_go_on(options.target):
+            raise
+        print("interrupted; the same command with --resume goes on from there", file=sys.stderr)
+        return 130
+    outcome = f"wrote {report.written} to {options.target}"
+    if report.validation:
+        outcome = (
+            f"wrote {report.written - report.validation} to {options.target} and {report.validation} for validation"
+        )
+    if report.bad_records:
+        outcome += f", rejected {report.rejected}, repaired {report.repaired}"
+    print(f"{report.describe()}; {outcome}" if report.ok else f"{report.describe()}\n{outcome}", file=sys.stderr)
+    return 0
+
+
+def _converted(options: argparse.Namespace) -> Report:
     from .conversion import convert
     from .sources import Source
 
-    report = convert(
+    return convert(
         [Source.named(name) for name in options.sources],
         options.target,
         image_dir=options.image_dir,
@@ -65,15 +90,6 @@ def _convert(options: argparse.Namespace) -> int:
         on_format=_announce(options, options.sources),
         progress=True,
     )
-    outcome = f"wrote {report.written} to {options.target}"
-    if report.validation:
-        outcome = (
-            f"wrote {report.written - report.validation} to {options.target} and {report.validation} for validation"
-        )
-    if report.bad_records:
-        outcome += f", rejected {report.rejected}, repaired {report.repaired}"
-    print(f"{report.describe()}; {outcome}" if report.ok else f"{report.describe()}\n{outcome}", file=sys.stderr)
-    return 0
 
 
 def _announce(options: argparse.Namespace, sources: Sequence[str]) -> Callable[[str], None]:

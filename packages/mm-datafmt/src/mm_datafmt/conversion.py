@@ -5,29 +5,30 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .data_json import write_data_json
 from .decoding import UNDECODED
-from .emitting import Emitter, Outcome, outcomes
+from .emitting import Emitter, Outcome
 from .errors import BadSamplesError, DataFormatError, FormatError, OptionError, ParseError
 from .formats import Coco, find_format
-from .grounding import BoxConversion
 from .inputs import Input
-from .journal import Journal, fingerprint
+from .journal import Journal, fingerprint, is_complete
 from .judging import Judge
+from .locking import only_one
 from .media import MediaFolder
 from .opening import OnFormat, byte_bar, opened, undecoded
+from .outcomes import Done, in_order, one_by_one
 from .outputs import Outputs, appear_after_all, validation_path
 from .pictures import PictureFolder
 from .report import Report, ReportBuilder
-from .sources import Source, Step, in_sequence, mixed
+from .sources import Source, mixed
 from .spooling import spooled
-from .writer import part_of, require_writable
+from .writer import between_records, part_of, require_writable
 
 ON_BAD = ("error", "skip", "repair")
 CHECKPOINT_SECONDS = 2.0
@@ -134,9 +135,11 @@ def convert(
     sources = [one if isinstance(one, Source) else Source(Path(one)) for one in several]
     weights = _weights(sources)
     output = Path(target)
-    require_writable(output, overwrite=overwrite)
-    if data_json is not None:
-        require_writable(Path(data_json), overwrite=overwrite)
+    journal_path = part_of(output, "journal")
+    # The main file gets its name last: then all have theirs, perhaps even data_json, and are those that shall be there.
+    have_appeared = resume and is_complete(journal_path) and not part_of(output).exists()
+    for file in (output, *([] if data_json is None else [Path(data_json)])):
+        require_writable(file, overwrite=overwrite or have_appeared)
     stored_in = output.parent if dataset_dir is None else Path(dataset_dir)
     found_in = [one.path.parent if image_dir is None else Path(image_dir) for one in sources]
     folders = [MediaFolder(folder, stored_in, check=media) for folder in found_in]
@@ -152,6 +155,8 @@ def convert(
     names = [os.fsencode(one.path).decode("utf-8", "replace") for one in sources]
     amend = None
     if boxes:
+        from .grounding import BoxConversion
+
         conversion, pictures = BoxConversion.named(boxes, image_max_pixels or None), PictureFolder(stored_in)
         amend = partial(conversion, size_of=pictures)
     judges = [
@@ -162,7 +167,7 @@ def convert(
     resumable = all(one.seekable for one in inputs)
     job = _Job(
         options=options,
-        emitter=Emitter(judges, written),
+        emitter=Emitter(judges, written, between_records(output)),
         workers=workers,
         report=report,
         names=names,
@@ -176,16 +181,23 @@ def convert(
     }
     if resumable:  # of the inputs themselves: copies of them are made anew
         settings["sources"] = [fingerprint(one.path) for one in inputs]
-    with spooled(inputs, output, needed=shuffle or weights is not None) as usable:
-        job.run(usable, weights, output, settings, resume=resume, overwrite=overwrite, progress=progress)
-    if data_json is not None:
-        write_data_json(
-            Path(data_json),
-            dataset=output,
-            validation=validation_path(output) if val_ratio else None,
-            dataset_dir=stored_in,
-        )
+    journal = Journal(journal_path, settings)
+    with only_one(output), spooled(inputs, output, needed=shuffle or weights is not None) as usable:
+        job.run(usable, weights, output, journal, resume=resume, overwrite=overwrite, progress=progress)
+        if data_json is not None:
+            write_data_json(
+                Path(data_json),
+                dataset=output,
+                validation=validation_path(output) if val_ratio else None,
+                dataset_dir=stored_in,
+            )
+        journal.remove()
     return report.build()
+
+
+def can_go_on(target: AnyPath) -> bool:
+    """Return whether an interrupted conversion to ``target`` left something to ``resume`` from."""
+    return part_of(Path(target), "journal").exists()
 
 
 @dataclass(kw_only=True)
@@ -202,13 +214,12 @@ class _Job:
         inputs: Sequence[Input],
         weights: Sequence[float] | None,
         output: Path,
-        settings: dict[str, Any],
+        journal: Journal,
         *,
         resume: bool,
         overwrite: bool,
         progress: bool,
     ) -> None:
-        journal = Journal(part_of(output, "journal"), settings)
         state = journal.load() if resume else None
         if state is None:
             journal.remove()
@@ -222,7 +233,6 @@ class _Job:
                 sizes=state["sizes"],
                 overwrite=overwrite,
             )
-            journal.remove()
             return
         outputs = Outputs(
             output,
@@ -237,53 +247,46 @@ class _Job:
             place = None if state is None else state["place"]
             if self.options.shuffle or weights is not None:
                 seed = self.options.seed if self.options.shuffle else None
-                steps = mixed(inputs, weights, seed, place, on_bytes)
+                dones = one_by_one(self.emitter, mixed(inputs, weights, seed, place, on_bytes))
             else:
-                if self.workers > 1:  # they look, too
-                    inputs = [replace(source, check_keys=False) for source in inputs]
-                steps = in_sequence(inputs, place, on_bytes)
-            workers = 1 if self.options.shuffle or weights is not None else self.workers  # single records are too small
-            self._loop(steps, outputs, journal if self.resumable else None, workers)
+                dones = in_order(self.emitter, inputs, place, on_bytes, self.workers)
+            with closing(dones):
+                self._loop(dones, outputs, journal if self.resumable else None)
             self._accept()
             sizes = outputs.complete()
             if self.resumable:
                 journal.save({"complete": True, "report": self.report.state(), "sizes": sizes})
             outputs.appear()
-        journal.remove()
 
-    def _loop(self, steps: Iterator[Step], outputs: Outputs, journal: Journal | None, workers: int) -> None:
+    def _loop(self, dones: Iterator[Done], outputs: Outputs, journal: Journal | None) -> None:
         report, limit = self.report, self.options.max_samples
         saved = time.monotonic()
         if limit is not None and report.written >= limit:
             return
-        for step, outcome in outcomes(self.emitter, steps, workers):
-            if limit is not None and report.written + len(outcome.records) >= limit:
-                last = outcome.indices[limit - report.written - 1]
-                outcome = self.emitter(step.source, step.run.values[: last + 1])
+        for source, outcome, place, again in dones:
+            if limit is not None and report.written + outcome.written >= limit:
+                outcome = again(limit - report.written)
             report.records += outcome.read
             report.lost.update(outcome.lost)
-            self._note(outcome, step, outputs)
+            self._note(source, outcome, outputs)
             if limit is not None and report.written >= limit:
                 return
             if journal is not None and time.monotonic() - saved >= CHECKPOINT_SECONDS:
                 sizes = outputs.flush()
-                state = {"complete": False, "place": step.state, "report": report.state(), "sizes": sizes}
-                journal.save(state)
+                journal.save({"complete": False, "place": place, "report": report.state(), "sizes": sizes})
                 saved = time.monotonic()
 
-    def _note(self, outcome: Outcome, step: Step, outputs: Outputs) -> None:
-        if outcome.bad:
-            places = step.run.places()
-            name = self.names[step.source] if len(self.names) > 1 else ""
-            for index, faults, mended in outcome.bad:
-                if self.options.on_bad == "error" and faults[0].code in UNDECODED:
-                    raise undecoded(step.run, index, faults[0], self.names[step.source])
-                self.report.add_bad(places[index], faults, repaired=mended, source=name)
-                outputs.write_bad(places[index], faults, self.names[step.source], repaired=mended)
+    def _note(self, source: int, outcome: Outcome, outputs: Outputs) -> None:
+        name = self.names[source]
+        for place, faults, mended in outcome.bad:
+            if self.options.on_bad == "error" and faults[0].code in UNDECODED:
+                raise undecoded(place, outcome.layout, faults[0], name)
+            self.report.add_bad(place, faults, repaired=mended, source=name if len(self.names) > 1 else "")
+            outputs.write_bad(place, faults, name, repaired=mended)
         if self.options.on_bad == "error" and self.report.bad_records:
             return
-        self.report.validation += outputs.write(outcome.records, self.report.written)
-        self.report.written += len(outcome.records)
+        self.report.validation += outputs.write(outcome.data, outcome.written, self.report.written)
+        self.report.written += outcome.written
 
     def _accept(self) -> None:
         """Raise unless what was read may be published."""
@@ -318,6 +321,8 @@ def _kept_or_removed(outputs: Outputs, journal: Journal) -> Iterator[None]:
     except (KeyboardInterrupt, OSError) as error:
         keep = journal.path.exists() and not isinstance(error, DataFormatError)
         outputs.close(keep=keep)
+        if not keep:
+            journal.remove()
         raise
     except BaseException:
         outputs.close(keep=False)

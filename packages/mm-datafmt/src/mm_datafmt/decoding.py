@@ -1,8 +1,8 @@
 """The text of one record, decoded or refused with a reason.
 
-orjson decodes; what it refuses is looked at again, slowly, to say why. It would take the last of two equal keys in
-silence, so :func:`suspects_duplicates` compares the number of ``":`` in the text with the number of keys that came out:
-when they agree, and no space stands before a colon, there was no second key. Otherwise the standard library counts.
+orjson decodes; what it refuses is looked at again, slowly, to say why. Two things it would pass over in silence: of two
+equal keys it takes the last, and an integer of more than 64 bits it makes a float. :func:`may_repeat_keys` and
+:func:`is_sound` rule both out cheaply; where they cannot, the standard library decodes again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ UNDECODED = frozenset(
 )
 """Codes of records that could not be decoded."""
 
-_SPACED_KEY = re.compile(rb'"[ \t\r\n]+:')
+_COLON = re.compile(rb"\\u003[aA]")
+_BEYOND_64_BITS = float(1 << 63)
 
 
 def decode(text: bytes) -> object:
@@ -50,47 +51,67 @@ def decode(text: bytes) -> object:
         value = orjson.loads(text)
     except orjson.JSONDecodeError as error:
         return _fault(text, error)
-    if suspects_duplicates(text, [value]):
-        return _counted(text, value)
+    if may_repeat_keys(text, value) or not is_sound((value,)):
+        return _exactly(text)
     return value
 
 
-def suspects_duplicates(text: bytes, values: Iterable[object]) -> bool:
-    """Return False if ``text``, which decodes to ``values``, surely has no object with the same key twice.
+def encode(value: object) -> bytes:
+    """Return ``value`` as JSON on one line, UTF-8; integers may have any number of digits.
 
-    True also for values that are nested too deeply to be counted.
+    Raises ``TypeError`` (or its subclass ``orjson.JSONEncodeError``) for what JSON cannot hold.
     """
-    return text.count(b'":') != _key_count(values) or _SPACED_KEY.search(text) is not None
+    try:
+        return orjson.dumps(value)
+    except orjson.JSONEncodeError:
+        try:
+            return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+        except (ValueError, RecursionError) as error:  # half a surrogate pair is a ValueError, too
+            raise TypeError(str(error)) from None
 
 
-def _key_count(values: Iterable[object]) -> int:
-    """Return the number of keys in all objects of ``values``, -1 if one is nested deeper than :data:`MAX_DEPTH`."""
-    count = 0
+def may_repeat_keys(text: bytes, value: object) -> bool:
+    """Return False if ``text``, which decodes to ``value``, surely has no object with the same key twice.
+
+    A colon stands behind each key, and else only within strings. Hence a text has as many as its value written anew,
+    if nothing of it was dropped and no string hides one behind an escape.
+    """
+    if _COLON.search(text):
+        return True
+    try:
+        return text.count(b":") != orjson.dumps(value).count(b":")
+    except orjson.JSONEncodeError:  # nested too deeply
+        return True
+
+
+def is_sound(values: Iterable[object]) -> bool:
+    """Return whether all ``values`` nest at most :data:`MAX_DEPTH` deep and no float may have been a large integer."""
     level: list[Iterable[Any]] = [values]
     for _ in range(MAX_DEPTH + 1):
         below: list[Iterable[Any]] = []
         for container in level:
             for value in container:
-                if value.__class__ is dict:
-                    count += len(value)
+                kind = value.__class__
+                if kind is dict:
                     below.append(value.values())
-                elif value.__class__ is list:
+                elif kind is list:
                     below.append(value)
+                elif kind is float and abs(value) >= _BEYOND_64_BITS:
+                    return False
         if not below:
-            return count
+            return True
         level = below
-    return -1
+    return False
 
 
-def _counted(text: bytes, value: object) -> object:
-    """Return ``value``, or the fault if an object of ``text`` has a key twice or is nested too deeply to tell."""
+def _exactly(text: bytes) -> object:
+    """Return the value of ``text`` with integers as they are, or the fault of a key twice or too deep nesting."""
     if deepest(text) > MAX_DEPTH:
         return RecordError(f"nested deeper than {MAX_DEPTH} levels", code="too_deep")
     try:
-        json.loads(text, object_pairs_hook=_pairs)
+        return json.loads(text, object_pairs_hook=_pairs)
     except _DuplicateKeyError as error:
         return RecordError(f"the key {str(error)[:80]!r} occurs twice in one object", code="duplicate_key")
-    return value
 
 
 class _DuplicateKeyError(Exception):

@@ -1,151 +1,100 @@
-"""Decoded values become encoded records of the target format; in this process or, in order, in several."""
+"""Decoded values become encoded records of the target format."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from multiprocessing.connection import Connection
+from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import orjson
-
+from .decoding import decode, encode, is_sound
 from .errors import RecordError
 from .formats import Format
 from .judging import Judge
-from .sources import Step
-from .splitting import decode_run
+from .plain import PlainPath, Written
+from .splitting import Place, Run, unrepeated
+
+
+class Bad(NamedTuple):
+    """A record with faults: where it stands, the faults, and whether it was mended."""
+
+    place: Place
+    faults: list[RecordError]
+    mended: bool
 
 
 class Outcome(NamedTuple):
-    """What became of ``read`` values: encoded records and their indices; of each bad one index, reasons, whether it
-    was mended; how many records had a field without a place, by field.
+    """What became of ``read`` values of a run of that ``layout``.
+
+    ``written`` records, encoded and joined in ``data``; the bad ones; how many records had a field without a place, by
+    field.
     """
 
+    layout: str
     read: int
-    records: list[bytes]
-    indices: list[int]
-    bad: list[tuple[int, list[RecordError], bool]]
+    written: int
+    data: bytes
+    bad: list[Bad]
     lost: Counter[str]
 
 
 class Emitter:
-    """Judges the values of each source and encodes the samples as ``target`` writes them."""
+    """Judges the values of each source and encodes the samples as ``target`` writes them.
 
-    def __init__(self, judges: Sequence[Judge], target: Format) -> None:
+    ``between`` stands between encoded records, which hold no newline.
+    """
+
+    def __init__(self, judges: Sequence[Judge], target: Format, between: bytes) -> None:
         self._judges = judges
         self._target = target
+        self.between = between
+        self._plain = [PlainPath.between(judge, target) for judge in judges]
 
-    def __call__(self, source: int, values: Sequence[object]) -> Outcome:
-        """Return what becomes of ``values``, which come from input number ``source``."""
-        judge, emit, lost, dumps = self._judges[source], self._target.emit, self._target.lost, orjson.dumps
-        outcome = Outcome(len(values), [], [], [], Counter())
-        for index, value in enumerate(values):
-            sample, faults = judge(value)
-            if sample is not None:
-                try:
-                    outcome.records.append(dumps(emit(sample)))
-                except RecordError as fault:
-                    sample, faults = None, [*faults, fault.with_traceback(None)]
-                except TypeError as error:  # nested too deeply, or half a surrogate pair in a field of the record
-                    sample, faults = None, [*faults, RecordError(f"cannot be written: {error}", code="not_carried")]
-                else:
-                    outcome.indices.append(index)
-                    for name in lost(sample):
-                        outcome.lost[name] += 1
-            if faults:
-                outcome.bad.append((index, faults, sample is not None))
-        return outcome
+    def __call__(self, source: int, run: Run, most: int | None = None) -> Outcome:
+        """Return what becomes of a run of input number ``source``, till ``most`` records are written."""
+        values, may_be_unsound = run.values, run.layout != "rows"
+        if may_be_unsound and not any(value.__class__ is RecordError for value in values):
+            values = unrepeated(run.text, run.layout, values)
+        judge, plain = self._judges[source], self._plain[source]
+        records: list[bytes] = []
+        places: list[Place] = []
+        bad: list[Bad] = []
+        lost: Counter[tuple[str, ...]] = Counter()
+        read = 0
+        for value in values:
+            if len(records) == most:
+                break
+            written = None if plain is None else plain(value)
+            if written is None:
+                if may_be_unsound and not is_sound((value,)):
+                    places = places or run.places()
+                    value = decode(places[read].text)
+                written, faults = self._the_long_way(judge, value)
+                if faults:
+                    places = places or run.places()
+                    bad.append(Bad(places[read], faults, written is not None))
+            if written is not None:
+                records.append(written[0])
+                lost[written[1]] += 1
+            read += 1
+        return Outcome(run.layout, read, len(records), self.between.join(records), bad, _by_field(lost))
 
-
-def outcomes(emitter: Emitter, steps: Iterator[Step], workers: int) -> Iterator[tuple[Step, Outcome]]:
-    """Yield each step with its outcome, in order.
-
-    With several ``workers`` the work is done in forked processes; the text of a run is sent, not its values. A worker
-    has one run at a time, so neither side can wait for the other with a full pipe, and it ends when its pipe does, even
-    if this process is killed.
-    """
-    if workers <= 1 or "fork" not in multiprocessing.get_all_start_methods():
-        for step in steps:
-            yield step, emitter(step.source, step.run.values)
-        return
-    context = multiprocessing.get_context("fork")
-    pipes: list[tuple[Connection, Connection]] = [context.Pipe() for _ in range(workers)]
-    processes = [context.Process(target=_work, args=(emitter, pipes, number), daemon=True) for number in range(workers)]
-    busy: deque[tuple[Connection, Step]] = deque()
-    try:
-        with _interrupted_later():
-            for process in processes:
-                process.start()
-        for _, theirs in pipes:
-            theirs.close()
-        for number, step in enumerate(steps):
-            if len(busy) == workers:
-                yield _answered(*busy.popleft())
-            connection = pipes[number % workers][0]
-            connection.send((step.source, *_shipped(step)))
-            busy.append((connection, step))
-        while busy:
-            yield _answered(*busy.popleft())
-    finally:
-        for ours, _ in pipes:
-            ours.close()
-        for process in processes:
-            if process.pid is not None:  # it was started
-                process.terminate()
-                process.join()
-
-
-@contextmanager
-def _interrupted_later() -> Iterator[None]:
-    """Let Ctrl-C wait for the end of the block: in a fork it would be lost, or raised in the child as well."""
-    if threading.current_thread() is not threading.main_thread():  # it is not raised here
-        yield
-        return
-    caught: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if caught:
-            signal.raise_signal(signal.SIGINT)
-
-
-def _shipped(step: Step) -> tuple[bytes, str, list[object] | None]:
-    run = step.run
-    if run.layout == "rows" or any(isinstance(value, RecordError) for value in run.values):
-        return b"", run.layout, run.values
-    return run.text, run.layout, None
-
-
-def _answered(connection: Connection, step: Step) -> tuple[Step, Outcome]:
-    answer = connection.recv()
-    if isinstance(answer, BaseException):
-        raise answer
-    return step, answer
-
-
-def _work(emitter: Emitter, pipes: Sequence[tuple[Connection, Connection]], number: int) -> None:
-    """Answer until the pipe ends. Ctrl-C is the parent's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for other, (ours, theirs) in enumerate(pipes):
-        ours.close()
-        if other != number:
-            theirs.close()
-    connection = pipes[number][1]
-    while True:
+    def _the_long_way(self, judge: Judge, value: object) -> tuple[Written | None, list[RecordError]]:
+        """Return what is written, and all faults."""
+        sample, faults = judge(value)
+        if sample is None:
+            return None, faults
         try:
-            source, text, layout, values = connection.recv()
-        except (EOFError, OSError):
-            os._exit(0)
-        try:
-            connection.send(emitter(source, decode_run(text, layout) if values is None else values))
-        except BrokenPipeError:
-            os._exit(0)
-        except Exception as error:  # noqa: BLE001 - raised again where it can be shown
-            connection.send(error)
+            record = encode(self._target.emit(sample))
+        except RecordError as fault:
+            return None, [*faults, fault.with_traceback(None)]
+        except TypeError as error:  # nested too deeply, or half a surrogate pair in a field of the record
+            return None, [*faults, RecordError(f"cannot be written: {error}", code="not_carried")]
+        return (record, tuple(self._target.lost(sample))), faults
+
+
+def _by_field(layouts: Counter[tuple[str, ...]]) -> Counter[str]:
+    fields: Counter[str] = Counter()
+    for names, count in layouts.items():
+        for name in names:
+            fields[name] += count
+    return fields

@@ -18,6 +18,7 @@ from .errors import MissingPackageError, ParseError, RecordError
 from .scanning import top_keys
 from .splitting import MAX_RECORD, Cursor, Run, array_runs, line_runs
 from .window import BLOCK, Window
+from .zstd_frames import FrameEnds
 
 _BOM = b"\xef\xbb\xbf"
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
@@ -31,7 +32,7 @@ class Input:
     ``kind`` is ``array``, ``lines``, ``parquet`` or ``coco``; ``packing`` is ``gzip``, ``zstd`` or empty. ``seekable``
     says whether one may go back in it: then an interrupted conversion can go on, and records can be shuffled in place.
     ``max_record`` is the largest record in bytes that is looked at; ``joined`` says what is joined of a COCO file;
-    ``check_keys`` whether keys that occur twice are looked for here.
+    ``checked`` whether keys that occur twice and large integers are looked for here.
     ``stream`` and ``head`` are a pipe and what has been read of it.
     """
 
@@ -41,9 +42,14 @@ class Input:
     seekable: bool = True
     max_record: int = MAX_RECORD
     joined: str = ""
-    check_keys: bool = True
+    checked: bool = True
     stream: io.BufferedReader | None = None
     head: bytes = b""
+
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether parts of the file can be read by themselves."""
+        return self.seekable and not self.packing and self.kind in ("array", "lines")
 
     def runs(self, start: Cursor | None = None, *, on_bytes: Callable[[int], object] | None = None) -> Iterator[Run]:
         """Yield the runs from ``start`` on; ``on_bytes`` is told the size of each piece read from the file.
@@ -60,6 +66,13 @@ class Input:
 
             yield from coco_runs(self, start or Cursor(), on_bytes)
             return
+        if start is not None and self.can_be_cut:
+            with self.path.open("rb") as file:
+                file.seek(start.offset)
+                if on_bytes is not None:
+                    on_bytes(start.offset)
+                yield from self._runs_behind_head(Window(_counted(file.read, on_bytes), start.offset), start)
+            return
         with self.open(on_bytes) as window:
             yield from self.runs_of(window, start)
 
@@ -72,10 +85,13 @@ class Input:
         if start is not None:
             _skip_to(window, start.offset)
             cursor = start
+        yield from self._runs_behind_head(window, cursor)
+
+    def _runs_behind_head(self, window: Window, cursor: Cursor) -> Iterator[Run]:
         if self.kind == "lines":
-            yield from line_runs(window, cursor, max_record=self.max_record, check_keys=self.check_keys)
+            yield from line_runs(window, cursor, max_record=self.max_record, checked=self.checked)
             return
-        for run in array_runs(window, cursor, max_record=self.max_record, check_keys=self.check_keys):
+        for run in array_runs(window, cursor, max_record=self.max_record, checked=self.checked):
             cursor = run.end
             yield run
         line = cursor.line + window.skip_blank()
@@ -84,7 +100,9 @@ class Input:
             begin = Cursor(cursor.number, line, window.offset, glued=True)
             window.available(1 << 10)
             rest = window.text(window.offset, window.base + len(window.buffer))[: 1 << 10]
-            yield Run(begin, [fault], rest, "array", begin._replace(number=cursor.number + 1))
+            while window.available(1):  # to the end, from where there is nothing to go on to
+                window.position = len(window.buffer)
+            yield Run(begin, [fault], rest, "array", begin._replace(number=cursor.number + 1, offset=window.offset))
 
     @contextmanager
     def open(self, on_bytes: Callable[[int], object] | None = None) -> Iterator[Window]:
@@ -205,8 +223,18 @@ def _unpacked(read: Callable[[int], bytes], packing: str, path: Path) -> Callabl
         import zstandard
     except ImportError:
         raise MissingPackageError(f"{path} is packed with zstd: pip install 'mm-datafmt[zst]'") from None
-    reader = zstandard.ZstdDecompressor().stream_reader(cast("IO[bytes]", _Reader(read)), read_across_frames=True)
-    return _named_faults(reader.read, path, (zstandard.ZstdError,))
+    frames = FrameEnds(read)
+    reader = zstandard.ZstdDecompressor().stream_reader(
+        cast("IO[bytes]", _Reader(frames.read)), read_across_frames=True
+    )
+
+    def unpacked(size: int) -> bytes:
+        piece = reader.read(size)
+        if not piece and not frames.whole:
+            raise EOFError("it ends before a frame does")
+        return piece
+
+    return _named_faults(unpacked, path, (zstandard.ZstdError, EOFError))
 
 
 def _named_faults(

@@ -24,6 +24,14 @@ def fingerprint(path: Path) -> list[Any]:
     return [str(path.resolve()), status.st_size, status.st_mtime_ns, digest.hexdigest()]
 
 
+def is_complete(path: Path) -> bool:
+    """Return whether the journal says that all was converted: what is left is to give files their names."""
+    try:
+        return bool(json.loads(path.read_bytes())["state"]["complete"])
+    except (OSError, ValueError, KeyError, TypeError):  # none, or one that :meth:`Journal.load` refuses
+        return False
+
+
 class Journal:
     """The state of a conversion under ``settings``, kept in ``path``.
 

@@ -28,9 +28,14 @@ class Judge:
     ) -> None:
         self.format = fmt
         self._parse = fmt.parse
-        self._media = media
+        self.media = media
         self._repair = repair
         self._amend = amend
+
+    @property
+    def amends(self) -> bool:
+        """Whether samples are changed beyond what makes them fit for use."""
+        return self._amend is not None
 
     def __call__(self, value: object) -> Verdict:
         """Return the verdict on ``value``, decoded JSON or the fault of a record that could not be decoded."""
@@ -64,7 +69,7 @@ class Judge:
     def _stored(self, sample: Sample, faults: list[RecordError]) -> Sample:
         """Return ``sample`` with the paths that are stored; add the faults of its media to ``faults``."""
         messages, images, videos, audios, tools, extra = sample
-        media = self._media
+        media = self.media
         return Sample(
             messages,
             _paths(images, media.image, faults) if images else images,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,7 +12,7 @@ from .errors import FormatError, ParseError, RecordError
 from .formats import Coco, Format, detect_format, find_format
 from .inputs import Input, first_runs, open_input
 from .report import place
-from .splitting import Run
+from .splitting import Place, Run
 
 _SAMPLED = 16
 
@@ -33,7 +34,11 @@ def opened(path: Path, format_name: str | None, on_format: OnFormat | None = Non
     elif isinstance(chosen, Coco):
         raise FormatError(f"{path} is no COCO annotation file: 'images' and 'annotations' at the top are missing")
     elif chosen is None:
-        chosen = detect_format(_sampled(source))
+        records = _sampled(source)
+        try:
+            chosen = detect_format(records)
+        except FormatError as error:
+            raise FormatError(f"{path}: {error}") from None
     if on_format is not None:
         on_format(chosen.name)
     return source, chosen
@@ -66,16 +71,15 @@ def raise_if_undecoded(run: Run, index: int, path: str) -> None:
     """Raise :class:`ParseError` if record ``index`` of ``run`` could not be decoded."""
     fault = run.values[index]
     if isinstance(fault, RecordError):
-        raise undecoded(run, index, fault, path)
+        raise undecoded(run.places()[index], run.layout, fault, path)
 
 
-def undecoded(run: Run, index: int, fault: RecordError, path: str) -> ParseError:
-    """Return the error that says where record ``index`` of ``run`` could not be decoded."""
-    where = run.places()[index]
+def undecoded(where: Place, layout: str, fault: RecordError, path: str) -> ParseError:
+    """Return the error that says which record of a run of that ``layout`` could not be decoded."""
     offset = where.offset + (fault.offset or 0)
     message = f"{path}: {fault}"
-    if fault.code != "truncated" or run.layout == "lines":
-        hint = "; JSON lines hold one whole record on each line" if run.layout == "lines" else ""
+    if fault.code != "truncated" or layout == "lines":
+        hint = "; JSON lines hold one whole record on each line" if layout == "lines" else ""
         message = f"{path}: {place(where.number, where.line)} is not valid JSON at byte {offset}: {fault}{hint}"
     return ParseError(message, record=where.number, offset=offset)
 
@@ -83,7 +87,7 @@ def undecoded(run: Run, index: int, fault: RecordError, path: str) -> ParseError
 @contextmanager
 def byte_bar(inputs: Sequence[Input], shown: bool) -> Iterator[Callable[[int], object] | None]:
     """Give what counts the bytes read, on a bar that appears after two seconds and only on a terminal."""
-    if not shown:
+    if not shown or not sys.stderr.isatty():  # so that a program that reads us need not wait for the import
         yield None
         return
     from tqdm import tqdm

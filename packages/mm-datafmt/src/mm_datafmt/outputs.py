@@ -8,6 +8,7 @@ from pathlib import Path
 
 import orjson
 
+from .decoding import decode, encode
 from .errors import RecordError
 from .sources import record_key
 from .splitting import Place
@@ -28,9 +29,10 @@ def bad_path(target: Path) -> Path:
 
 def bad_entry(place: Place, faults: Sequence[RecordError], source: str, *, repaired: bool) -> bytes:
     """Return the line of a bad record: where it stands, the reasons, and the record (as text if it is not JSON)."""
+    value = decode(place.text)
     try:
-        held: dict[str, object] = {"value": orjson.Fragment(orjson.dumps(orjson.loads(place.text)))}
-    except (orjson.JSONDecodeError, TypeError):
+        held: dict[str, object] = {"value": orjson.Fragment(encode(value))}
+    except TypeError:
         held = {"text": place.text.decode("utf-8", "replace")}
     entry = {
         "source": source,
@@ -67,21 +69,25 @@ class Outputs:
         for file in self.files:
             file.open()
 
-    def write(self, records: list[bytes], written: int) -> int:
-        """Append records, of which ``written`` came before; return how many went into the validation file."""
-        if not self._ratio:
+    def write(self, records: bytes, count: int, written: int) -> int:
+        """Append ``count`` joined records, of which ``written`` came before; return how many were for validation."""
+        if not self._ratio or not count:
             self.files[0].write(records)
             return 0
-        chosen = [is_validation(number, self._ratio, self._seed) for number in range(written, written + len(records))]
-        self.files[0].write([record for record, val in zip(records, chosen, strict=True) if not val])
-        self.files[1].write([record for record, val in zip(records, chosen, strict=True) if val])
+        between = self.files[0].between
+        chosen = [is_validation(number, self._ratio, self._seed) for number in range(written, written + count)]
+        parts: tuple[list[bytes], list[bytes]] = ([], [])
+        for record, is_chosen in zip(records.split(between), chosen, strict=True):
+            parts[is_chosen].append(record)
+        for file, part in zip(self.files, parts, strict=False):
+            file.write(between.join(part))
         return sum(chosen)
 
     def write_bad(self, place: Place, faults: Sequence[RecordError], source: str, *, repaired: bool) -> None:
         """Note a rejected or repaired record with its reasons."""
         if self._bad is None:
             return
-        self._bad.write([bad_entry(place, faults, source, repaired=repaired)])
+        self._bad.write(bad_entry(place, faults, source, repaired=repaired))
 
     def flush(self) -> list[int]:
         """Let the disk have everything, and return the sizes."""

@@ -27,7 +27,7 @@ def faults_of(sample: Sample) -> list[RecordError]:
             marked = f"{marked}\n{content}" if marked else content
         if "\0" in content or not (content.isascii() or _is_unicode(content)) or not content or content.isspace():
             clean = False
-    order = _order_faults(tuple(roles))
+    order = order_faults(tuple(roles))
     counts = (marked.count(IMAGE_PLACEHOLDER), marked.count(VIDEO_PLACEHOLDER), marked.count(AUDIO_PLACEHOLDER))
     if clean and not order and counts == (len(images), len(videos), len(audios)):
         return []
@@ -56,7 +56,7 @@ def _count_faults(sample: Sample, counts: tuple[int, ...]) -> Iterator[RecordErr
 
 
 @lru_cache(maxsize=1 << 12)
-def _order_faults(roles: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+def order_faults(roles: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     """Return code and message of each fault in the order of the turns; data sets have few different orders."""
     faults = []
     start = 1 if roles[:1] == ("system",) else 0

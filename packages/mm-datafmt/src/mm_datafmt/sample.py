@@ -16,6 +16,8 @@ ROLES = ("system", "user", "assistant", "observation", "function")
 IMAGE_PLACEHOLDER = "<image>"
 VIDEO_PLACEHOLDER = "<video>"
 AUDIO_PLACEHOLDER = "<audio>"
+CALL_TEXT = "content"
+"""The field in a ``function`` message's ``extra`` that holds a text said beside the call."""
 
 
 class Message(NamedTuple):

@@ -65,14 +65,20 @@ def in_sequence(
     inputs: Sequence[Input], state: Sequence[Any] | None, on_bytes: Callable[[int], object] | None
 ) -> Iterator[Step]:
     """Yield the runs of all inputs in turn, from ``state`` on."""
-    first, cursor = (0, None) if state is None else (state[0], _cursor(state[1]))
+    first, cursor = (0, None) if state is None else (state[0], cursor_of(state[1]))
     for number in range(first, len(inputs)):
         for run in inputs[number].runs(cursor, on_bytes=on_bytes):
-            yield Step(number, run, [number, [*run.end[:3], run.end.opening.decode("latin-1"), run.end.glued]])
+            yield Step(number, run, state_of(number, run.end))
         cursor = None
 
 
-def _cursor(state: Sequence[Any]) -> Cursor:
+def state_of(source: int, cursor: Cursor) -> list[Any]:
+    """Return the state from which to go on at ``cursor`` in input number ``source``, as plain JSON types."""
+    return [source, [*cursor[:3], cursor.opening.decode("latin-1"), cursor.glued]]
+
+
+def cursor_of(state: Sequence[Any]) -> Cursor:
+    """Return the cursor within such a state."""
     number, line, offset, opening, glued = state
     return Cursor(number, line, offset, opening.encode("latin-1"), glued)
 

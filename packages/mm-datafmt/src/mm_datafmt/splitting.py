@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import orjson
 
-from .decoding import decode, suspects_duplicates
+from .decoding import decode, is_sound, may_repeat_keys
 from .errors import RecordError, shown
 from .scanning import ValueScanner, value_ends
 from .window import BLOCK, Window
@@ -45,7 +45,8 @@ class Place(NamedTuple):
 class Cursor(NamedTuple):
     """From where to go on: the next record's number, line and byte.
 
-    ``opening`` is what the splitter has learned till there; ``glued`` says that a comma is missing before the record.
+    ``opening`` is what the splitter has learned till there; ``glued`` says that no comma stands before what is there: a
+    record, or the end of it all.
     """
 
     number: int = 1
@@ -92,33 +93,57 @@ def _dumped(value: object) -> bytes:
         return repr(value)[:_KEPT].encode("utf-8", "replace")
 
 
-def decode_run(text: bytes, layout: str, *, check_keys: bool = True) -> list[object]:
-    """Return the values of a run's text; ``check_keys`` looks for keys that occur twice in one object.
+def decode_run(text: bytes, layout: str) -> list[object]:
+    """Return the values of a run's text. Raises ``orjson.JSONDecodeError`` if one cannot be decoded.
 
-    Raises ``orjson.JSONDecodeError`` if one cannot be decoded.
+    For keys that occur twice, and for large integers, they are still to be looked at: :func:`unrepeated`,
+    :func:`mm_datafmt.decoding.is_sound`.
     """
-    lines = text.split(b"\n") if layout == "lines" else []
+    if layout == "array":
+        values: list[object] = orjson.loads(b"[%b]" % text)
+        return values
+    lines = text.split(b"\n")
     try:
-        values = list(map(orjson.loads, lines)) if lines else orjson.loads(b"[%b]" % text)
+        return list(map(orjson.loads, lines))
     except orjson.JSONDecodeError:
-        lines = [line for line in lines if line.strip()]
-        values = list(map(orjson.loads, lines)) if lines else orjson.loads(b"[%b]" % text)
-    if check_keys and suspects_duplicates(text, values):
-        return [decode(piece) for piece in lines or [text[begin:end] for begin, end in value_ends(text)]]
+        return [orjson.loads(line) for line in lines if line.strip()]
+
+
+def decode_lines(text: bytes) -> list[object]:
+    """Return the values of lines; one that cannot be decoded gives its fault."""
+    try:
+        return decode_run(text, "lines")
+    except orjson.JSONDecodeError:
+        return [decode(line) for line in text.split(b"\n") if line.strip()]
+
+
+def unrepeated(text: bytes, layout: str, values: list[object]) -> list[object]:
+    """Return ``values``, those apart that have a key twice in ``text``, whose faults take their place."""
+    return _one_by_one(text, layout) if may_repeat_keys(text, values) else values
+
+
+def _checked(text: bytes, layout: str, values: list[object]) -> list[object]:
+    if may_repeat_keys(text, values) or not is_sound(values):
+        return _one_by_one(text, layout)
     return values
 
 
-def array_runs(
-    window: Window, start: Cursor, *, max_record: int = MAX_RECORD, check_keys: bool = True
-) -> Iterator[Run]:
+def _one_by_one(text: bytes, layout: str) -> list[object]:
+    spans = _line_spans(text) if layout == "lines" else value_ends(text)
+    return [decode(text[start:end]) for start, end in spans]
+
+
+def array_runs(window: Window, start: Cursor, *, max_record: int = MAX_RECORD, checked: bool = True) -> Iterator[Run]:
     """Yield the elements of an array; the window stands behind its ``[`` or, to go on, at an element.
 
     It is left behind the ``]``. A stream that ends before gives a last record with the code ``truncated``. Without
-    ``check_keys`` a run's values are to be decoded again by :func:`decode_run`, elsewhere.
+    ``checked`` a run's values are still to be looked at, as those of :func:`decode_run` are.
     """
     line = start.line + window.skip_blank()
     cursor = start._replace(line=line, offset=window.offset)
-    if cursor.number == 1 and window.peek() == b"]":
+    if cursor.glued and not window.peek():
+        return
+    if (cursor.number == 1 or cursor.glued) and window.peek() == b"]":
         window.position += 1
         return
     careful_until = 0
@@ -127,16 +152,18 @@ def array_runs(
         run = None
         if cursor.opening and not cursor.glued and cursor.offset >= careful_until:
             cut = window.rfind(cursor.opening, RUN) + 1
-            run = _guessed(window, cursor, cut, check_keys) if cut > cursor.offset else None
+            run = _guessed(window, cursor, cut, checked) if cut > cursor.offset else None
             careful_until = cut
         run = run or _single(window, cursor, max_record)
         separator, cursor = _behind_separator(window, run.end)
-        yield run._replace(end=cursor)
         if separator == b"]" or (not separator and isinstance(run.values[-1], RecordError)):
+            yield run._replace(end=cursor._replace(glued=True))
+            window.position += len(separator)
             return
+        yield run._replace(end=cursor)
 
 
-def line_runs(window: Window, start: Cursor, *, max_record: int = MAX_RECORD, check_keys: bool = True) -> Iterator[Run]:
+def line_runs(window: Window, start: Cursor, *, max_record: int = MAX_RECORD, checked: bool = True) -> Iterator[Run]:
     """Yield the records of JSON lines; the window stands at the beginning of a line. Blank lines are no records."""
     cursor = start._replace(offset=window.offset)
     while window.available(1):
@@ -144,19 +171,21 @@ def line_runs(window: Window, start: Cursor, *, max_record: int = MAX_RECORD, ch
         end = window.rfind(b"\n", RUN)
         if end < 0:
             end = _end_of_line(window, max_record)
-        run = _lines(window, cursor, end, check_keys) if end >= 0 else _long_line(window, cursor)
+        run = _lines(window, cursor, end, checked) if end >= 0 else _long_line(window, cursor)
         cursor = run.end
         if run.values:
             yield run
 
 
-def _guessed(window: Window, start: Cursor, end: int, check_keys: bool) -> Run | None:
+def _guessed(window: Window, start: Cursor, end: int, checked: bool) -> Run | None:
     """Return the run that ends before byte ``end``, if the text until there is a list of values."""
     text = window.text(start.offset, end)
     try:
-        values = decode_run(text, "array", check_keys=check_keys)
+        values = decode_run(text, "array")
     except orjson.JSONDecodeError:
         return None
+    if checked:
+        values = _checked(text, "array", values)
     return _run(window, start, values, text, end)
 
 
@@ -220,13 +249,12 @@ def _learned(window: Window) -> bytes:
 
 
 def _behind_separator(window: Window, end: Cursor) -> tuple[bytes, Cursor]:
-    """Move to the next record; return what stood before it (a comma, a bracket, nothing at the end) and its place."""
+    """Move to the next record, or to the bracket; return what stands before it, or is there, and its place."""
     line = end.line + window.skip_blank()
     separator = window.peek()
-    if separator in (b",", b"]"):
-        window.position += 1
     glued = separator not in (b",", b"]", b"")
     if separator == b",":
+        window.position += 1
         line += window.skip_blank()
     return separator, end._replace(line=line, offset=window.offset, glued=glued)
 
@@ -262,14 +290,13 @@ def _too_large(text: bytes) -> RecordError:
     return RecordError(f"the record is larger than the limit; it begins with {shown(text[:40])}", code="too_large")
 
 
-def _lines(window: Window, start: Cursor, end: int, check_keys: bool) -> Run:
+def _lines(window: Window, start: Cursor, end: int, checked: bool) -> Run:
     """Return the records of the lines until byte ``end``, where a newline or the end of the stream stands."""
     text = window.text(start.offset, end)
     lines = text.split(b"\n")
-    try:
-        values = decode_run(text, "lines", check_keys=check_keys)
-    except orjson.JSONDecodeError:
-        values = [decode(line) for line in lines if line.strip()]
+    values = decode_lines(text)
+    if checked and not any(isinstance(value, RecordError) for value in values):
+        values = _checked(text, "lines", values)
     if end == window.base + len(window.buffer) and values and isinstance(values[-1], RecordError):
         values[-1] = _cut_line(lines[-1], start.offset + len(text)) or values[-1]
     window.position = min(end + 1 - window.base, len(window.buffer))

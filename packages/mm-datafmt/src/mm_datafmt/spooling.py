@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import orjson
-
+from .decoding import encode
 from .errors import RecordError
 from .inputs import Input
 from .writer import part_of
@@ -48,6 +47,6 @@ def _copied(source: Input, copy: Path) -> Input:
 def _encoded(value: object) -> bytes:
     """Return a row as a line; one that is broken stays a record, and one that no format takes."""
     try:
-        return b"null" if isinstance(value, RecordError) else orjson.dumps(value)
+        return b"null" if isinstance(value, RecordError) else encode(value)
     except TypeError:  # a table may hold what JSON cannot
         return b"null"

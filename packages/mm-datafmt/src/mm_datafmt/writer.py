@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
@@ -28,6 +27,11 @@ def part_of(target: Path, suffix: str = "part") -> Path:
     return target.with_name(f".{target.name}.{suffix}")
 
 
+def between_records(target: Path) -> bytes:
+    """Return what stands between the records of ``target``, each of which is a line."""
+    return b"\n" if target.suffix == ".jsonl" else b",\n"
+
+
 class RecordFile:
     """One output: a JSON array, one record a line, or JSON lines if its name ends in ``.jsonl``.
 
@@ -40,6 +44,7 @@ class RecordFile:
         self._overwrite = overwrite
         self._part = part_of(target)
         self._by_lines = target.suffix == ".jsonl"
+        self.between = between_records(target)
         if size and (not self._part.is_file() or self._part.stat().st_size < size):
             raise ResumeError(f"nothing to go on from: {self._part} is missing or too short; run without --resume")
         self._open = ExitStack()
@@ -52,15 +57,15 @@ class RecordFile:
         self._file.truncate(self.size)
         self._file.seek(self.size)
 
-    def write(self, records: Sequence[bytes]) -> None:
-        """Append encoded records."""
+    def write(self, records: bytes) -> None:
+        """Append encoded records, :attr:`between` standing between them, if there are any."""
         if not records:
             return
+        if not self._by_lines:
+            self.size += self._file.write(self.between if self.size else b"[\n")
+        self.size += self._file.write(records)
         if self._by_lines:
-            data = b"\n".join(records) + b"\n"
-        else:
-            data = (b",\n" if self.size else b"[\n") + b",\n".join(records)
-        self.size += self._file.write(data)
+            self.size += self._file.write(b"\n")
 
     def flush(self) -> None:
         """Let the disk have everything."""

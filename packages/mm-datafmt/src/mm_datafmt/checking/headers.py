@@ -28,6 +28,10 @@ _HEAD, _TAIL = 1 << 12, 1 << 16
 _PNG, _JPEG, _RIFF, _IEND = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF", b"\0\0\0\0IEND\xaeB`\x82"
 _PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+_PNG_CHUNKS = 33  # behind the signature and the first chunk
+_MOST_CHUNKS = 1 << 12  # that are looked through: a file of more is decoded
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+_TEXT_LIMIT, _TEXTS_LIMIT = 1 << 20, 64 << 20  # Pillow's MAX_TEXT_CHUNK and MAX_TEXT_MEMORY
 _DEFLATE = 1032  # the largest factor by which deflate can shrink
 _JPEG_PIXELS = 512  # of a Huffman-coded picture in a byte, at most: one bit for a block of 64
 _HUFFMAN_FRAMES = (0xC0, 0xC1, 0xC2)
@@ -119,7 +123,37 @@ def _read_png(file: _File) -> tuple[Header, bool]:
     if width * height <= PIXEL_LIMIT:
         rows = (1 + (width * depth * _PNG_CHANNELS[colour] + 7) // 8) * height
         _require_bytes(file, rows // _DEFLATE, header)
-    return header, file.tail(12) == _IEND or _IEND in file.tail(_TAIL)
+    is_whole = file.tail(12) == _IEND or _IEND in file.tail(_TAIL)
+    return header, is_whole and not _has_large_text(file)
+
+
+def _has_large_text(file: _File) -> bool:
+    """Return whether a PNG's texts and profiles, unpacked, may be larger than Pillow allows: then it has to decide."""
+    offset, total = _PNG_CHUNKS, 0
+    for _ in range(_MOST_CHUNKS):
+        head = file.at(offset, 8)
+        if len(head) < 8:
+            return False  # its end is looked at elsewhere
+        length, kind = struct.unpack(">I4s", head)
+        if kind in _PNG_TEXTS:
+            size = _unpacked_size(kind, file.at(offset + 8, min(length, 2 * _TEXT_LIMIT)))
+            total += max(size, length)
+            if size > _TEXT_LIMIT or total > _TEXTS_LIMIT:
+                return True
+        offset += 12 + length
+    return True
+
+
+def _unpacked_size(kind: bytes, chunk: bytes) -> int:
+    """Return how many bytes the packed part of a chunk makes, at most one beyond the limit."""
+    _, _, rest = chunk.partition(b"\0")
+    if kind == b"tEXt" or (kind == b"iTXt" and rest[:1] == b"\0"):
+        return 0
+    packed = rest[2:].split(b"\0", 2)[-1] if kind == b"iTXt" else rest[1:]
+    try:
+        return len(zlib.decompressobj().decompress(packed, _TEXT_LIMIT + 1))
+    except zlib.error:
+        return _TEXT_LIMIT + 1  # a case for Pillow
 
 
 def _read_jpeg(file: _File) -> tuple[Header, bool]:

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import OptionError, RecordError
+from ..errors import OptionError, ParseError, RecordError
 from ..formats import find_format
 from ..inputs import Input
 from ..judging import Judge
@@ -128,6 +128,8 @@ def check(
             duplicates=None if DUPLICATE in policy.ignored else Duplicates(),
         )
         _go_over(opened_file, examiner, progress)
+        if not report.records:
+            raise ParseError(f"{path}: the file holds no record")
     result = CheckReport.of(report.build(), meter.lengths(seq_length), on_bad=on_bad, max_bad_ratio=max_bad_ratio)
     if html is not None and gallery is not None:
         from .html_report import write_html
@@ -148,7 +150,7 @@ def _bad_sink(target: Path, source: Path, overwrite: bool) -> Iterator[BadSink]:
     file = RecordFile(target, overwrite=overwrite)
 
     def sink(place: Place, faults: list[RecordError], mended: bool) -> None:
-        file.write([bad_entry(place, faults, str(source), repaired=mended)])
+        file.write(bad_entry(place, faults, str(source), repaired=mended))
 
     try:
         file.open()

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from ..errors import RecordError, shown
-from ..sample import Message, Sample
+from ..sample import CALL_TEXT, Message, Sample
 
 _new = tuple.__new__
+
+
+class Plain(NamedTuple):
+    """The fields of a layout whose turns are ``{speaker: a name, text: a string}``: those of turns and pictures.
+
+    ``single`` says that one picture may stand without a list; ``known`` are all fields that have a meaning.
+    """
+
+    turns: str
+    speaker: str
+    text: str
+    images: str
+    single: bool
+    known: frozenset[str]
 
 
 class Format(ABC):
@@ -19,7 +33,8 @@ class Format(ABC):
     what of a sample beyond turns and pictures has a place in it: ``videos``, ``audios``, ``tools``, ``loss``, ``extra``
     (fields of the record) and ``turn_extra`` (fields of a turn). ``columns`` and ``turn_columns`` are the fields that
     it gives a meaning to: another's extra field of that name has no place. ``roles`` gives each role's name when it is
-    written; ``speakers`` the role of each name that is read.
+    written; ``speakers`` the role of each name that is read. ``plain`` describes it to :mod:`mm_datafmt.plain`, which
+    takes a short way where there is one.
     """
 
     name: ClassVar[str]
@@ -29,6 +44,7 @@ class Format(ABC):
     turn_columns: ClassVar[frozenset[str]] = frozenset()
     roles: ClassVar[Mapping[str, str]] = {}
     speakers: ClassVar[Mapping[str, str]] = {}
+    plain: ClassVar[Plain | None] = None
 
     @abstractmethod
     def detects(self, record: Mapping[str, object]) -> int:
@@ -140,6 +156,8 @@ def written_turns(sample: Sample, fmt: Format, names: tuple[str, str]) -> list[d
             turn["loss"] = loss
         if extra and "turn_extra" in fmt.carries:
             turn = {**extra, **turn}
+        elif extra and role == "function" and CALL_TEXT in extra:  # training would go without what was said
+            raise RecordError(f"the {fmt.name} format has no place for a text beside a call", code="not_carried")
         turns.append(turn)
     return turns
 
@@ -173,10 +191,10 @@ def tools_of(fields: Mapping[str, object]) -> str | None:
     """Return ``tools`` as JSON text; sets give it as text or as a list."""
     value = fields.get("tools")
     if isinstance(value, list):
-        import orjson
+        from ..decoding import encode
 
         try:
-            return orjson.dumps(value).decode() if value else None
+            return encode(value).decode() if value else None
         except TypeError as error:  # a table may hold what JSON cannot
             raise RecordError(f"'tools' cannot be written as JSON: {error}") from None
     return text_of(fields, "tools")

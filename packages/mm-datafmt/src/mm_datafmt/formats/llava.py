@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from ..sample import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Message, Sample
-from .base import Format, object_of, paths_of, rest_of, turns_of, with_extra, written_turns
+from .base import Format, Plain, object_of, paths_of, rest_of, turns_of, with_extra, written_turns
 
 _NAMES = ("from", "value")
 _KNOWN = frozenset(("conversations", "image", "video"))
@@ -26,6 +26,7 @@ class Llava(Format):
     carries = frozenset(("videos", "extra", "turn_extra", "loss"))
     speakers: ClassVar[Mapping[str, str]] = {"system": "system", "human": "user", "gpt": "assistant"}
     roles: ClassVar[Mapping[str, str]] = {role: name for name, role in speakers.items()}
+    plain = Plain("conversations", *_NAMES, "image", single=True, known=_KNOWN)
 
     def detects(self, record: Mapping[str, object]) -> int:
         """``conversations``, surely with ``image`` or ``video``."""

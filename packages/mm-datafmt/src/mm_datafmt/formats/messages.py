@@ -8,6 +8,7 @@ from typing import ClassVar
 from ..sample import ROLES, Sample
 from .base import (
     Format,
+    Plain,
     object_of,
     paths_of,
     rest_of,
@@ -36,6 +37,7 @@ class Messages(Format):
     carries = frozenset(("videos", "audios", "tools", "loss"))
     roles: ClassVar[Mapping[str, str]] = {role: role for role in ROLES}
     speakers: ClassVar[Mapping[str, str]] = {**roles, "tool": "observation", "function_call": "function"}
+    plain = Plain("messages", *_NAMES, "images", single=False, known=_KNOWN)
 
     def detects(self, record: Mapping[str, object]) -> int:
         """``messages``, surely with a list of media."""

@@ -6,11 +6,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-import orjson
-
-from ..decoding import decode
+from ..decoding import decode, encode
 from ..errors import RecordError, shown
-from ..sample import Message, Sample
+from ..sample import CALL_TEXT, Message, Sample
 from .base import Format, object_of, rest_of, tools_of, with_extra
 
 _KNOWN = frozenset(("messages", "tools"))
@@ -32,8 +30,9 @@ class OpenAi(Format):
     """``{"messages": [{"role", "content": text or [{"type": "text" | "image_url" | …}, …]}], "tools"}``.
 
     A picture's place among the parts becomes its placeholder in the text, and the other way round. ``tool_calls``
-    become a ``function`` turn, a ``tool`` turn an ``observation``. Pictures must be paths (``file://`` is taken off);
-    one that is embedded as ``data:`` is refused with the code ``embedded_media``.
+    become a ``function`` turn, of which a text beside them is a field, a ``tool`` turn an ``observation``. Pictures
+    must be paths (``file://`` is taken off); one that is embedded as ``data:`` is refused with the code
+    ``embedded_media``.
     """
 
     name = "openai"
@@ -84,11 +83,21 @@ class OpenAi(Format):
         weight = float(loss) if isinstance(loss, (bool, int, float)) else None
         if calls:
             if content:
-                raise RecordError(f"turn {number} has both a text and 'tool_calls'", code="not_carried")
+                extra[CALL_TEXT] = _call_text(content, number)
             return Message("function", _calls_text(calls, number), weight, extra)
         extra.pop("tool_calls", None)
         text = content if isinstance(content, str) else "".join(_part_texts(content, number, media))
         return Message(self.speakers[speaker], text, weight, extra or None)
+
+    def lost(self, sample: Sample) -> list[str]:
+        """Return the names of the fields that are left out; the text beside calls is not."""
+        turns = (
+            turn._replace(extra={name: value for name, value in turn.extra.items() if name != CALL_TEXT})
+            if turn.role == "function" and turn.extra
+            else turn
+            for turn in sample.messages
+        )
+        return super().lost(sample._replace(messages=tuple(turns)))
 
     def emit(self, sample: Sample) -> dict[str, object]:
         """Write a text with placeholders as parts, a text without as a string."""
@@ -97,7 +106,7 @@ class OpenAi(Format):
         for role, content, loss, extra in sample.messages:
             turn: dict[str, object] = {"role": self.name_of(role), "content": _parts(content, paths)}
             if role == "function":
-                turn |= {"content": None, "tool_calls": _calls(content)}
+                turn |= {"content": (extra or {}).get(CALL_TEXT), "tool_calls": _calls(content)}
             if loss is not None:
                 turn["loss"] = loss
             turns.append({**_kept(extra, turn), **turn} if extra else turn)
@@ -108,6 +117,15 @@ class OpenAi(Format):
                 raise RecordError(f"tools: not a list but {shown(tools)}", code="not_carried")
             record["tools"] = tools
         return with_extra(record, sample, _KNOWN)
+
+
+def _call_text(content: object, number: int) -> str:
+    """Return the text that a turn has beside its calls."""
+    media: dict[str, list[str]] = {kind: [] for kind in _MEDIA}
+    text = content if isinstance(content, str) else "".join(_part_texts(content, number, media))
+    if any(media.values()):
+        raise RecordError(f"turn {number} has both media and 'tool_calls'", code="not_carried")
+    return text
 
 
 def _is_typed(turn: Mapping[str, object]) -> bool:
@@ -173,7 +191,7 @@ def _calls_text(calls: object, number: int) -> str:
         if isinstance(arguments, str):
             arguments = _json_or_fault(arguments, f"turn {number}: the arguments of a call")
         named.append({"name": function["name"], "arguments": arguments})
-    return orjson.dumps(named[0] if len(named) == 1 else named).decode()
+    return encode(named[0] if len(named) == 1 else named).decode()
 
 
 def _calls(text: str) -> list[object]:
@@ -184,7 +202,7 @@ def _calls(text: str) -> list[object]:
     return [
         {
             "type": "function",
-            "function": {"name": call["name"], "arguments": orjson.dumps(call.get("arguments")).decode()},
+            "function": {"name": call["name"], "arguments": encode(call.get("arguments")).decode()},
         }
         for call in calls
     ]

@@ -8,6 +8,7 @@ from typing import ClassVar
 from ..sample import Sample
 from .base import (
     Format,
+    Plain,
     object_of,
     paths_of,
     rest_of,
@@ -55,6 +56,7 @@ class ShareGpt(Format):
         "observation": "observation",
         "function": "function_call",
     }
+    plain = Plain("conversations", *_NAMES, "images", single=True, known=_KNOWN)
 
     def detects(self, record: Mapping[str, object]) -> int:
         """``conversations`` with something that LLaVA has not, and without its ``image`` and ``video``."""
