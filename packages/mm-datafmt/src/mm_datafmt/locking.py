@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import TargetError, shown
+from .interrupting import interrupted_later
 from .writer import part_of
 
 _HELD: set[str] = set()  # of this process, which the system would let in a second time
@@ -25,14 +26,17 @@ def only_one(target: Path) -> Iterator[None]:
     name = os.path.realpath(path)
     if name in _HELD:
         raise _taken(target)
-    file = _locked(path, target)
-    _HELD.add(name)
+    file = None
     try:
+        with interrupted_later():
+            file = _locked(path, target)
+            _HELD.add(name)
         yield
     finally:
-        path.unlink(missing_ok=True)  # before it is given free: who waits for it has to look again
-        _HELD.remove(name)
-        os.close(file)
+        if file is not None:
+            path.unlink(missing_ok=True)  # before it is given free: who waits for it has to look again
+            _HELD.remove(name)
+            os.close(file)
 
 
 def _locked(path: Path, target: Path) -> int:

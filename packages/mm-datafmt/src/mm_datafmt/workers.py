@@ -11,16 +11,15 @@ import mmap
 import multiprocessing
 import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
 from .emitting import Emitter, Outcome
 from .errors import RecordError
+from .interrupting import interrupted_later
 from .splitting import Run, decode_run
 from .stretches import STRETCH, Stretch
 
@@ -106,7 +105,7 @@ class Pool:
 
     def __enter__(self) -> Pool:
         try:
-            with _interrupted_later():
+            with interrupted_later():
                 self._start()
         except BaseException:
             self.__exit__()
@@ -157,22 +156,6 @@ class Pool:
             busy.append(line)
         while busy:
             yield busy.popleft().answer()
-
-
-@contextmanager
-def _interrupted_later() -> Iterator[None]:
-    """Let Ctrl-C wait for the end of the block: in a fork it would be lost, or raised in the child as well."""
-    if threading.current_thread() is not threading.main_thread():  # it is not raised here
-        yield
-        return
-    caught: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if caught:
-            signal.raise_signal(signal.SIGINT)
 
 
 def _shipped(work: Work) -> Work:
