@@ -19,6 +19,7 @@ import torch
 from torch.distributed.checkpoint.state_dict_loader import load as load_state_dict
 
 LAYERS, HIDDEN, HEADS, GROUPS, FFN, VOCABULARY = 3, 32, 4, 2, 48, 64
+PADDED = 96  # a multiple of 48 times two ranks
 IDS = torch.arange(10, 22).view(2, 6)
 # Both sum float32 products in their own order: some times 2⁻²³ of logits around 1.
 TOLERANCE = 2e-6
@@ -60,7 +61,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     directory = tmp_path_factory.mktemp("torch_dist")
     hf_model().save_pretrained(directory / "hf")
-    prepare_hf_to_torch_dist(Converter.named(CONVERTER), directory / "hf", directory / "ours").run()
+    converter = Converter.named(CONVERTER)
+    prepare_hf_to_torch_dist(converter, directory / "hf", directory / "ours").run()
+    prepare_hf_to_torch_dist(
+        converter, directory / "hf", directory / "padded", make_vocab_size_divisible_by=PADDED
+    ).run()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
     done = subprocess.run(
         [*command, str(directory)],
@@ -73,11 +78,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_megatron_core_loads_it_and_computes_the_same_logits(made: Path) -> None:
-    torch.testing.assert_close(torch.load(made / "logits.pt"), logits_of(hf_model()), rtol=0, atol=TOLERANCE)
+@pytest.mark.parametrize(
+    ("folder", "rows"),
+    [("ours", VOCABULARY), ("padded", PADDED), ("ours", PADDED)],
+    ids=["as many rows as tokens", "padded", "padded by megatron-core as it loads"],
+)
+def test_megatron_core_loads_it_and_computes_the_same_logits(made: Path, folder: str, rows: int) -> None:
+    logits = torch.load(made / f"{folder}_{rows}.pt")
+    assert logits.shape[-1] == rows
+    torch.testing.assert_close(logits[..., :VOCABULARY], logits_of(hf_model()), rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("saved", ["tensor_parallel", "one_by_one", "pipeline_parallel"])
+@pytest.mark.parametrize("saved", ["tensor_parallel", "one_by_one", "pipeline_parallel", "padded_again"])
 def test_what_megatron_core_saves_comes_back_as_the_same_model(made: Path, saved: str) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -85,7 +97,10 @@ def test_what_megatron_core_saves_comes_back_as_the_same_model(made: Path, saved
     from mm_convert.distributed.torch_dist import prepare_torch_dist_to_hf
 
     back = made / f"{saved}_hf"
-    prepare_torch_dist_to_hf(Converter.named(CONVERTER), made / saved, made / "hf", back).run()
+    multiple = PADDED if saved == "padded_again" else 0
+    prepare_torch_dist_to_hf(
+        Converter.named(CONVERTER), made / saved, made / "hf", back, padded_to_multiple_of=multiple
+    ).run()
     assert (back / "model.safetensors").read_bytes() == (made / "hf/model.safetensors").read_bytes()
     model = AutoModelForCausalLM.from_pretrained(back).float().eval()
     assert torch.equal(logits_of(model), logits_of(hf_model()))
@@ -136,7 +151,7 @@ def test_transformers_models_load_the_dcp_folder(tmp_path: Path, model: str, con
 
 
 def main(directory: Path) -> None:
-    """One of two ranks: load at TP=2, compute, save in two ways; load and save at PP=2."""
+    """One of two ranks: load at TP=2, compute, save in two ways; load and save at PP=2; with a padded vocabulary."""
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -144,16 +159,21 @@ def main(directory: Path) -> None:
 
     torch.distributed.init_process_group("gloo")
     with mcore_on(torch.device("cpu")), torch.no_grad():
-        for tp_size, pp_size, ways in (2, 1, ("tensor_parallel", "one_by_one")), (1, 2, ("pipeline_parallel",)):
+        for folder, rows, tp_size, pp_size, ways in (
+            ("ours", VOCABULARY, 2, 1, ["tensor_parallel", "one_by_one"]),
+            ("ours", VOCABULARY, 1, 2, ["pipeline_parallel"]),
+            ("padded", PADDED, 2, 1, ["padded_again"]),
+            ("ours", PADDED, 2, 1, []),
+        ):
             parallel_state.initialize_model_parallel(tp_size, pp_size)
             model_parallel_cuda_manual_seed(0)
-            model = gpt_model(tp_size, pp_size)
+            model = gpt_model(tp_size, pp_size, rows)
             wanted = {"model": model.sharded_state_dict()}
-            loaded = dist_checkpointing.load(wanted, str(directory / "ours/release"), strict="raise_unexpected")
+            loaded = dist_checkpointing.load(wanted, str(directory / folder / "release"), strict="raise_unexpected")
             assert loaded["checkpoint_version"] == 3.0
             model.load_state_dict(loaded["model"])
             if tp_size == 2:
-                save_logits(model, directory / "logits.pt")
+                save_logits(model, directory / f"{folder}_{rows}.pt")
             for way in ways:
                 metadata = {"singleton_local_shards": way == "one_by_one"}
                 if torch.distributed.get_rank() == 0:
@@ -165,7 +185,7 @@ def main(directory: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-def gpt_model(tp_size: int, pp_size: int) -> Any:
+def gpt_model(tp_size: int, pp_size: int, rows: int) -> Any:
     """megatron-core's own language model, by its own specification, with other weights than those to load."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
@@ -204,7 +224,7 @@ def gpt_model(tp_size: int, pp_size: int) -> Any:
     model = GPTModel(
         config,
         layer,
-        vocab_size=VOCABULARY,
+        vocab_size=rows,
         max_sequence_length=32,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import MakeModel
 
+from mm_convert import Converter
 from mm_convert.cli import main
 
 CONVERTER = "Qwen2_5_VLConverter"
@@ -224,6 +225,9 @@ def test_overwrite_replaces_checkpoints_only_and_never_a_source(
     (mine / "letter.txt").write_text("kept")
     refused(hf_to_mm(hf, mine, "[[2,3]]", "[[3,0]]", 1, "--overwrite"), mine, capsys, "is no checkpoint")
     refused(hf_to_mm(hf, hf, "[[2,3]]", "[[3,0]]", 1, "--overwrite"), hf, capsys, "which is read, stands in it")
+    refused(hf_to_mm(hf, hf / "mm"), hf / "mm", capsys, f"it would stand in {hf}", "hf-converted for example")
+    (tmp_path / "link").symlink_to(hf)
+    refused(hf_to_mm(hf, tmp_path / "link/a/mm"), hf / "mm", capsys, f"it would stand in {hf}")
     (mine / "config.json").write_text("{}")  # a project's, not a model's
     refused(hf_to_mm(hf, mine, "[[2,3]]", "[[3,0]]", 1, "--overwrite"), mine, capsys, "is no checkpoint")
     hf.rename(mine / "hf")
@@ -241,6 +245,25 @@ def test_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) 
         main(arguments)
     assert stop.value.code == 2
     assert "error" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["prepare_hf_to_mm", "plan_hf_to_mm"])
+def test_ctrl_c_before_copying_says_that_nothing_was_written(
+    where: str,
+    make_model: MakeModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Converter, where, interrupted)
+    hf = make_model()
+    for line in (hf_to_mm(hf, tmp_path / "mm"), ["plan", *hf_to_mm(hf, tmp_path / "mm")]):
+        assert main(line) == 130
+        assert capsys.readouterr().err == "mm-convert: interrupted; nothing was written\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_ctrl_c_leaves_nothing(make_model: MakeModel, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,19 @@ def test_the_memory_of_buffers(make_model: MakeModel, tmp_path: Path, capsys: py
         at = line.index("--cfg.mm_dir") + 1
         named = [*line[:at], str(tmp_path / f"mm{number}"), *line[at + 1 :]]
         assert main([*named, "--ram-cap", size, "--fsync"]) == 0
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mm-convert {version('mm-convert')}\n"
+    assert "--version" in said(["--help"], 0, capsys)
+
+
+def test_an_ldt_layout_is_said_in_words(make_model: MakeModel, tmp_path: Path) -> None:
+    line = hf_to_mm(make_model(), tmp_path / "mm")
+    assert main([line[0], "hf_to_mm_ldt", *line[2:]]) == 0
+    told = json.loads((tmp_path / "mm/manifest.json").read_text())["options"]["layout"]
+    assert told.endswith("tp_size 1, embedding and output layer on pipeline rank 0 (LDT)")
 
 
 def test_only_what_was_typed_is_built() -> None:

@@ -76,6 +76,24 @@ def test_there_to_another_layout_and_back(model: str, tmp_path: Path) -> None:
     assert verify(hf, tmp_path / "ba", full=True).same
 
 
+def test_a_generative_models_layout_is_said_in_its_own_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its option is called pp_layers; there is no language model."""
+    hf, mm = folder("wan_t2v", tmp_path / "hf"), tmp_path / "mm"
+    line = ["WanConverter", "hf_to_mm", "--cfg.source_path", str(hf), "--cfg.target_path", str(mm)]
+    line += ["--cfg.target_parallel_config.pp_layers", "[2,3]"]
+    assert main(["plan", *line]) == 0
+    assert "(pp_layers [[2,3]], tp_size 1)" in capsys.readouterr().out
+    assert main(line) == 0
+    again = ["WanConverter", "resplit", "--cfg.source_path", str(mm), "--cfg.target_path", str(tmp_path / "one")]
+    assert main(again) == 0
+    assert main(["inspect", str(tmp_path / "one")]) == 0
+    assert "layers    pp_layers [[5]], tp_size 1" in capsys.readouterr().out
+    for made in (mm, tmp_path / "one"):
+        assert "llm_pp_layers" not in (made / "manifest.json").read_text()
+
+
 def original(directory: Path, extra: Any = None) -> tuple[Path, Tensors]:
     """A HunyuanVideo file of the original release."""
     _, _, source = hunyuan_models("hunyuan_video")

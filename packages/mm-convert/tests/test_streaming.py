@@ -15,7 +15,7 @@ import subprocess
 import sys
 import termios
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -147,13 +147,13 @@ def test_any_buffer_size_gives_the_same(
 def test_rows_that_several_ranks_share_are_read_once(
     tp: int, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hf, count, real = make_model(), [0], copying.read_all
+    hf, count, real = make_model(), [0], copying.read_scattered
 
-    def counted(descriptor: int, part: memoryview, offset: int) -> None:
-        count[0] += len(part)
-        real(descriptor, part, offset)
+    def counted(descriptor: int, parts: Sequence[memoryview], offset: int) -> None:
+        count[0] += sum(map(len, parts))
+        real(descriptor, parts, offset)
 
-    monkeypatch.setattr(copying, "read_all", counted)
+    monkeypatch.setattr(copying, "read_scattered", counted)
     layout = Layout(llm_pp_layers=((5,),), vit_pp_layers=((3,),), tp_size=tp)
     plan = QWEN.hf_to_mm(hf, tmp_path / "mm", layout, workers=1)
     assert count == [plan.nbytes]

@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mm-convert: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print(f"mm-convert: interrupted{f'; {error}' if str(error) else ''}", file=sys.stderr)
+        # Whoever writes says what is left; before, and in commands that only read, nothing is.
+        print(f"mm-convert: interrupted; {str(error) or 'nothing was written'}", file=sys.stderr)
         return 130
     except Exception:  # noqa: BLE001  # the edge of the command: a defect of ours, shown whole
         traceback.print_exc()
@@ -39,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> tuple[int, str]:
+    if argv[:1] == ["--version"]:
+        from importlib.metadata import version
+
+        return 0, f"mm-convert {version('mm-convert')}"
     converters = published.converters()
     first = _choice("mm-convert", ABOUT, {"plan": PLAN, **reports.HELP, **converters}, argv[:1])
     if first in reports.COMMANDS:
@@ -55,6 +60,8 @@ def _run(argv: list[str]) -> tuple[int, str]:
 def _choice(prog: str, about: str, choices: Mapping[str, str], words: Sequence[str]) -> str:
     """One of several words; help and errors are argparse's."""
     parser = ArgumentParser(prog=prog, description=about)
+    if prog == "mm-convert":
+        parser.add_argument("--version", action="store_true", help="say the version")
     below = parser.add_subparsers(dest="chosen", required=True, metavar="COMMAND", title="commands")
     for name, help_text in choices.items():
         below.add_parser(name, help=help_text, add_help=False)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mm_convert import vocabulary as padding
 from mm_convert.errors import LayoutError, ModelError
 from mm_convert.families import Family, family
 from mm_convert.families.canonical import as_it_stands, unfused
@@ -118,10 +119,7 @@ class Converter:
             ConvertError: the checkpoint is not whole, the layout does not fit, or the number of heads is not known.
         """
         family = self._reading(mm)
-        if hf_dir is None:
-            sizes = sizes_on_disk(family, mm, target)
-        else:
-            sizes = self.sizes_of(read_config(Path(hf_dir)), Path(hf_dir))
+        sizes = sizes_on_disk(family, mm, target) if hf_dir is None else self._configured(hf_dir)
         return plan_resplit(family, sizes, mm, target)
 
     def prepare_hf_to_mm(
@@ -143,7 +141,8 @@ class Converter:
         hf = open_model(Path(hf_dir), self.family)
         sizes = self.sizes(hf)
         layout = layout or Layout.undivided(sizes.layers, tp_size=tp_size)
-        options: dict[str, Any] = {"command": "hf_to_mm", "layout": str(layout)}
+        options: dict[str, Any] = {"command": "hf_to_mm", "layout": self._words(layout)}
+        options |= padding.told(layout, self.tokens(hf))
         options |= {"save_vit_only": True} if vit_only else {}
         options |= {"enable_canonical_hf_struct": True} if self.canonical else {}
         folders = [Path(hf_dir)]
@@ -184,13 +183,14 @@ class Converter:
         mm = MegatronFolder.open(mm_dir, layout)
         template = self._template(mm, hf, hf_naming=hf_naming, allow_unused=allow_unused)
         plan = template.plan(mm)
-        options: dict[str, Any] = {"command": "mm_to_hf", "layout": str(mm.layout)}
+        options: dict[str, Any] = {"command": "mm_to_hf", "layout": self._words(mm.layout)}
+        options |= padding.dropped(plan)
         options |= {} if hf_naming == "template" else {"hf_naming": hf_naming}
         options |= _told(allow_unused, template.kept)
         taken = {ref.file for ref in template.kept}
         return Conversion(
             plan=plan,
-            source=f"{mm.directory} ({mm.layout})",
+            source=f"{mm.directory} ({self._words(mm.layout)})",
             files={**mm.files, **{file: stored for file, stored in hf.files.items() if file in taken}},
             target=huggingface_target(template.written(plan), hf, template.config(), save_hf_dir, options),
             folders=[Path(mm_dir), Path(hf_dir)],
@@ -214,9 +214,14 @@ class Converter:
         mm = MegatronFolder.open(source_dir, source)
         target = target or Layout.undivided(mm.layout.layers, tp_size=tp_size)
         plan = self.plan_resplit(mm, target, hf_dir=hf_dir)
-        options = {"command": "resplit", "source_layout": str(mm.layout), "layout": str(target)}
+        options = {
+            "command": "resplit",
+            "source_layout": self._words(mm.layout),
+            "layout": self._words(target),
+        }
+        options |= padding.told(target, self.tokens_of(mm, hf_dir))
         made = megatron_target(plan, target, target_dir, options, generative=self.family.generative)
-        source_text = f"{mm.directory} ({mm.layout})"
+        source_text = f"{mm.directory} ({self._words(mm.layout)})"
         return Conversion(plan=plan, source=source_text, files=mm.files, target=made, folders=[Path(source_dir)])
 
     def hf_to_mm(
@@ -333,6 +338,29 @@ class Converter:
                 f" {', '.join((*self.family.model_types, *self.family.class_names))}"
             )
         return self.family.sizes(config)
+
+    def tokens(self, hf: HuggingFaceFolder) -> int:
+        """Tokens of a model, by its tensors; 0 if it has no vocabulary.
+
+        Raises:
+            ModelError: another model, or numbers missing.
+        """
+        held = {self.family.canonical(ref.name): spec for ref, spec in hf.tensors.items()}
+        return padding.size(self.family.rules(self.sizes(hf), 1), held)
+
+    def tokens_of(self, mm: MegatronFolder, hf_dir: str | Path | None = None) -> int:
+        """Tokens of the model of a Megatron folder, by ``config.json`` or the folder's manifest; 0 if neither tells.
+
+        Raises:
+            ModelError: `hf_dir` is another model's, or numbers are missing.
+        """
+        return (self._configured(hf_dir).vocabulary if hf_dir is not None else 0) or mm.vocabulary
+
+    def _words(self, layout: Layout) -> str:
+        return layout.text(generative=self.family.generative)
+
+    def _configured(self, hf_dir: str | Path) -> ModelSizes:
+        return self.sizes_of(read_config(Path(hf_dir)), Path(hf_dir))
 
     def _template(
         self,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mm_convert.dealing import MOST_PARTS, readings, rows_at_once, runs
 from mm_convert.errors import CheckpointError, unequal
 from mm_convert.plans import BYTES, ZEROS, Plan, Ref, Segment, Spec
 from mm_convert.stored import Descriptor, StoredFile
@@ -124,10 +125,13 @@ class Copier:
     def _parts(self, segment: Segment, files: _Files) -> Iterator[bytes | memoryview]:
         if segment.source.section == ZEROS:
             spec = self.plan.targets[segment.target]
-            yield bytes(segment.length * spec.nbytes // spec.shape[segment.dim])
+            length = segment.length * spec.nbytes // spec.shape[segment.dim]
+            zeros = memoryview(bytes(min(CHUNK, length)))
+            for start in range(0, length, CHUNK):
+                yield zeros[: length - start]
             return
         descriptor, offset = files.source(segment.source)
-        for start, _, length in self._runs(segment):
+        for start, _, length in runs(self.plan, segment):
             yield from self._read(descriptor, offset + start, length)
 
     def _transpose(self, job: Job, files: _Files) -> dict[Ref, int]:
@@ -152,24 +156,21 @@ class Copier:
     def _interleave(self, job: Job, files: _Files) -> dict[Ref, int]:
         """Tensors cut along a later dimension: some rows of every source at a time, dealt out to the targets."""
         rows = _rows(self.plan, job[0])
-        segments = [s for target in job for s in self.plan.writes[target]]
-        sources = {s.source: self.plan.sources[s.source].nbytes // rows for s in segments}
-        targets = {target: self.plan.targets[target].nbytes // rows for target in job}
-        step = min(rows, max(1, CHUNK // max(1, *sources.values(), *targets.values())))
-        # Apart, because a tensor may have the same address in the checkpoint that is read and in the one that is made.
-        read, made = (
-            {ref: memoryview(bytearray(step * width)) for ref, width in widths.items()} for widths in (sources, targets)
-        )
+        widths = {target: self.plan.targets[target].nbytes // rows for target in job}
+        ways = readings(self.plan, job, rows)
+        step = rows_at_once(rows, widths.values(), ways, CHUNK)
+        made = {target: memoryview(bytearray(step * width)) for target, width in widths.items()}
+        skipped = memoryview(bytearray(max((way.gap for way in ways), default=0)))
+        # Where each part of a row goes is the same for every step.
+        parts = [(way, way.parts(made, widths, skipped, step)) for way in ways]
         crcs = dict.fromkeys(job, 0)
         for row in range(0, rows, step):
             count = min(step, rows - row)
-            for ref, width in sources.items():
-                descriptor, offset = files.source(ref)
-                self._fill(descriptor, read[ref][: count * width], offset + row * width)
-            for segment in segments:
-                widths = sources[segment.source], targets[segment.target]
-                self._deal(segment, read[segment.source], made[segment.target], widths, count)
-            for ref, width in targets.items():
+            for way, places in parts:
+                descriptor, offset = files.source(way.source)
+                self._check_wanted()
+                read_scattered(descriptor, places[: count * len(way.spans)], offset + row * way.width)
+            for ref, width in widths.items():
                 descriptor, offset = files.target(ref)
                 part = made[ref][: count * width]
                 crcs[ref] = zlib.crc32(part, crcs[ref])
@@ -177,34 +178,17 @@ class Copier:
                 self.advance(len(part))
         return crcs
 
-    def _deal(
-        self, segment: Segment, source: memoryview, target: memoryview, widths: tuple[int, int], rows: int
-    ) -> None:
-        at, to, length = next(self._runs(segment))
-        for _ in range(rows):
-            target[to : to + length] = source[at : at + length]
-            at += widths[0]
-            to += widths[1]
-
     def _compare(self, segment: Segment, files: _Files) -> None:
         if segment.transposed:
             raise AssertionError("matrices that are stored the other way round have no copies on other ranks")
         descriptor, offset = files.source(segment.source)
         made, place = files.target(segment.target)
-        for start, target_start, length in self._runs(segment):
+        for start, target_start, length in runs(self.plan, segment):
             again = self._read(descriptor, offset + start, length)
             written = self._read(made, place + target_start, length)
             if any(a != b for a, b in zip(again, written, strict=True)):
                 first = self.plan.writes[segment.target][0].source
                 raise CheckpointError(unequal(segment.source, first, segment.target))
-
-    def _runs(self, segment: Segment) -> Iterator[tuple[int, int, int]]:
-        """A segment as runs of bytes: (offset in the source, offset in the target, length)."""
-        source, target = self.plan.sources[segment.source], self.plan.targets[segment.target]
-        below = prod(source.shape[segment.dim + 1 :]) * BYTES[source.dtype]
-        for row in range(prod(source.shape[: segment.dim])):
-            at, to = row * source.shape[segment.dim], row * target.shape[segment.dim]
-            yield (at + segment.source_start) * below, (to + segment.target_start) * below, segment.length * below
 
     def _read(self, descriptor: int, offset: int, length: int) -> Iterator[memoryview]:
         """A range in parts, each valid until the next is asked for."""
@@ -215,9 +199,12 @@ class Copier:
             yield part
 
     def _fill(self, descriptor: int, part: memoryview, offset: int) -> None:
+        self._check_wanted()
+        read_all(descriptor, part, offset)
+
+    def _check_wanted(self) -> None:
         if self.stop.is_set():
             raise Stopped
-        read_all(descriptor, part, offset)
 
 
 class _Files:
@@ -250,19 +237,35 @@ def read_all(descriptor: int, part: memoryview, offset: int) -> None:
     Raises:
         CheckpointError: the file ends before, or can't be read.
     """
-    done = 0
-    while done < len(part):
+    read_scattered(descriptor, [part], offset)
+
+
+def read_scattered(descriptor: int, parts: Sequence[memoryview], offset: int) -> None:
+    """Fill several places, one after another, from a file.
+
+    Raises:
+        CheckpointError: the file ends before, or can't be read.
+    """
+    first, within = 0, 0
+    while first < len(parts):
+        asked = [parts[first][within:], *parts[first + 1 : first + MOST_PARTS]]
         try:
-            count = os.preadv(descriptor, [part[done:]], offset + done)
+            count = os.preadv(descriptor, asked, offset)
         except OSError as error:
             raise CheckpointError(
                 f"{_name(descriptor)} can't be read: {error.strerror}; is its disk all right?"
             ) from error
-        if not count:
+        if not count and any(asked):
             raise CheckpointError(
-                f"{_name(descriptor)} ends at byte {offset + done}, where more was planned: was it truncated?"
+                f"{_name(descriptor)} ends at byte {offset}, where more was planned: was it truncated?"
             )
-        done += count
+        offset += count
+        for part in asked:
+            if count < len(part):
+                within = (within if part is asked[0] else 0) + count
+                break
+            count -= len(part)
+            first, within = first + 1, 0
 
 
 def _name(descriptor: int) -> object:

@@ -11,6 +11,7 @@ from typing import Any
 from mm_convert.comparing import Side, segment_bytes
 from mm_convert.convert import Conversion
 from mm_convert.copying import Job, jobs
+from mm_convert.dealing import readings
 from mm_convert.memory import buffers, is_turned, rows
 from mm_convert.plans import ZEROS, Plan
 
@@ -125,8 +126,10 @@ def _read_bytes(plan: Plan, todo: list[Job]) -> int:
     side = Side(tensors=plan.sources, files={})
     for job in todo:
         segments = [s for target in job for s in plan.writes[target] if s.source.section != ZEROS]
-        if rows(plan, job) > 1 or is_turned(plan, job):
+        if is_turned(plan, job):
             total += sum(plan.sources[ref].nbytes for ref in {s.source for s in segments})
+        elif (count := rows(plan, job)) > 1:
+            total += count * sum(way.width for way in readings(plan, job, count))
         else:
             total += sum(segment_bytes(s, side) for s in segments)
     # A comparison reads the other copy, and again what was written.

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from mm_convert.copying import Copier, Job, Output, jobs, write_all
 from mm_convert.errors import OutputSpaceError
+from mm_convert.job_queue import JobQueue
 from mm_convert.journal import MANIFEST, Journal, is_finished, manifest, with_digests
 from mm_convert.memory import buffers
 from mm_convert.output import clear_leftovers, new_folder
@@ -139,13 +140,20 @@ def _copy_all(copier: Copier, todo: list[Job], journal: Journal, workers: int) -
 
 def _in_parallel(work: Callable[[Job], None], todo: list[Job], workers: int, copier: Copier) -> None:
     """Do all jobs; the first failure, or an interruption, stops the others within a buffer's time."""
+    queue = JobQueue(todo)
+
+    def work_off() -> None:
+        for job in queue:
+            if copier.stop.is_set():
+                return
+            work(job)
+
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for future in as_completed([pool.submit(work, job) for job in todo]):
+            for future in as_completed([pool.submit(work_off) for _ in range(workers)]):
                 future.result()
         except BaseException:
             copier.stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from mm_convert.families import CONVERTERS, Family
 from mm_convert.families.canonical import as_it_stands
 from mm_convert.families.family import ModelSizes
 from mm_convert.huggingface import HuggingFaceFolder, model_folder
-from mm_convert.journal import MANIFEST
+from mm_convert.journal import MANIFEST, read_manifest
 from mm_convert.layout import Layout
 from mm_convert.megatron import EXPERT, TRACKER, MegatronFolder
 from mm_convert.model_sizes import EMBEDDING, OUTPUT, sizes_on_disk
@@ -108,15 +107,6 @@ def converters_of(mm: MegatronFolder) -> tuple[str, ...]:
 def converters_for(hf: HuggingFaceFolder) -> tuple[str, ...]:
     """The published converters for a Hugging Face folder's ``config.json``."""
     return tuple(name for name, family in CONVERTERS.items() if family.accepts(hf.config))
-
-
-def read_manifest(path: Path) -> dict[str, Any] | None:
-    """A folder's manifest, if it has one that can be read."""
-    try:
-        found = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and isinstance(found.get("outputs"), dict) else None
 
 
 def trusted_manifest(path: Path) -> dict[str, Any] | None:

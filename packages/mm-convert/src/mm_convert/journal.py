@@ -47,6 +47,15 @@ def manifest(
     }
 
 
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """A folder's manifest, if it has one that can be read."""
+    try:
+        found = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("outputs"), dict) else None
+
+
 def with_digests(made: Mapping[str, Any], crcs: Mapping[Ref, int], names: Mapping[str, str]) -> bytes:
     """The manifest's text.
 

@@ -50,6 +50,8 @@ class Layout:
         vit_tp_size: tensor-parallel size of the vision part, where it is smaller: rank t holds slice
             ``t % vit_tp_size``. 0 is `tp_size`.
         audio_tp_size: the same for the audio part.
+        make_vocab_size_divisible_by: rows of embedding and output layer are rounded up to a multiple of this times
+            `tp_size`, with zeros, as Megatron does; 0 for none of these rows.
         ldt: the language model's ends stand on pipeline rank 0: the embedding in the first virtual stage that holds
             language layers, final norm and output layer in the last virtual stage, layers there or not.
 
@@ -65,6 +67,7 @@ class Layout:
     ep_size: int = 1
     vit_tp_size: int = 0
     audio_tp_size: int = 0
+    make_vocab_size_divisible_by: int = 0
     ldt: bool = False
 
     def __post_init__(self) -> None:
@@ -79,6 +82,11 @@ class Layout:
         for name in ("tp_size", "ep_size"):
             if getattr(self, name) < 1:
                 raise LayoutError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.make_vocab_size_divisible_by < 0:
+            raise LayoutError(
+                f"make_vocab_size_divisible_by is {self.make_vocab_size_divisible_by}; it must be 0 for no padding,"
+                " or a number of rows above 0"
+            )
         for name in ("vit_tp_size", "audio_tp_size"):
             size = getattr(self, name)
             if size < 0 or (size and self.tp_size % size):
@@ -89,15 +97,22 @@ class Layout:
             object.__setattr__(self, name, 0 if size == self.tp_size else size)
 
     @classmethod
-    def undivided(cls, layers: Sequence[int], *, tp_size: int = 1) -> Layout:
+    def undivided(cls, layers: Sequence[int], *, tp_size: int = 1, make_vocab_size_divisible_by: int = 0) -> Layout:
         """One pipeline rank that holds all layers.
 
         Args:
             layers: how many there are of each part, in the order of `PARTS`.
             tp_size: tensor-parallel size.
+            make_vocab_size_divisible_by: padding of the vocabulary.
         """
         llm, vit, audio = (((count,),) for count in layers)
-        return cls(llm_pp_layers=llm, vit_pp_layers=vit, audio_pp_layers=audio, tp_size=tp_size)
+        return cls(
+            llm_pp_layers=llm,
+            vit_pp_layers=vit,
+            audio_pp_layers=audio,
+            tp_size=tp_size,
+            make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+        )
 
     @property
     def layers(self) -> tuple[int, int, int]:
@@ -178,11 +193,23 @@ class Layout:
                 )
 
     def __str__(self) -> str:
-        """The options as they are typed; of a text model, its own alone."""
-        lists = {f"{part}_pp_layers": _text(self.lists(part)) for part in PARTS if any(map(any, self.lists(part)))}
-        sizes = {name: getattr(self, name) for name in ("ep_size", "vit_tp_size", "audio_tp_size")}
-        more = {name: n for name, n in sizes.items() if n > (name == "ep_size")} | ({"ldt": True} if self.ldt else {})
-        return ", ".join(f"{name} {value}" for name, value in (lists | {"tp_size": self.tp_size} | more).items())
+        return self.text()
+
+    def text(self, *, generative: bool = False) -> str:
+        """The options as they are typed; of a text model, its own alone.
+
+        Args:
+            generative: those of a model that has blocks of one kind, dealt out by ``pp_layers``.
+        """
+        lists = {
+            "pp_layers" if generative else f"{part}_pp_layers": _text(self.lists(part))
+            for part in PARTS
+            if any(map(any, self.lists(part)))
+        }
+        names = ("ep_size", "vit_tp_size", "audio_tp_size", "make_vocab_size_divisible_by")
+        more = {name: n for name in names if (n := getattr(self, name)) > (name == "ep_size")}
+        words = [f"{name} {value}" for name, value in (lists | {"tp_size": self.tp_size} | more).items()]
+        return ", ".join([*words, *(["embedding and output layer on pipeline rank 0 (LDT)"] if self.ldt else [])])
 
     def _check_shape(self, name: str) -> None:
         lists = getattr(self, name)
@@ -214,6 +241,7 @@ class GivenLayout:
         ep_size: expert-parallel size.
         vit_tp_size: tensor-parallel size of the vision part; 0 is the model's.
         audio_tp_size: the same for the audio part.
+        make_vocab_size_divisible_by: what the vocabulary's rows on a rank were rounded up to a multiple of.
     """
 
     llm_pp_layers: Sequence[object] | None = None
@@ -223,6 +251,7 @@ class GivenLayout:
     ep_size: int | None = None
     vit_tp_size: int | None = None
     audio_tp_size: int | None = None
+    make_vocab_size_divisible_by: int | None = None
 
     def check(self, found: Layout, where: object) -> None:
         """Compare with what is on disk.

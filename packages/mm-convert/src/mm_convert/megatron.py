@@ -13,15 +13,17 @@ import pickle
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from mm_convert import vocabulary
 from mm_convert.errors import CheckpointError, LayoutError
 from mm_convert.families import CONVERTERS
 from mm_convert.families.family import LAYER_NAMES
+from mm_convert.journal import read_manifest
 from mm_convert.layout import PARTS, RANK_DIR, GivenLayout, LayerLists, Layout, Part, Ranks
 from mm_convert.layout import RANK_FILE as RANK_FILE
 from mm_convert.plans import Ref, Spec, Specs
@@ -48,12 +50,15 @@ class MegatronFolder:
         layout: the layout that its folders and tensor names show.
         tensors: every tensor; files are named from `directory` on.
         files: where the tensors' bytes stand.
+        vocabulary: tokens of the model, as the folder's manifest tells; 0 if it does not. The tensors may have more
+            rows than that.
     """
 
     directory: Path
     layout: Layout
     tensors: dict[Ref, Spec]
     files: dict[str, StoredFile]
+    vocabulary: int = 0
 
     @classmethod
     def open(cls, directory: str | Path, given: Layout | GivenLayout | None = None) -> MegatronFolder:
@@ -77,11 +82,16 @@ class MegatronFolder:
         # Counted from the sections: the last virtual stage may hold no tensor.
         vpp_size = max((len(sections) for _, sections in read.values()), default=1)
         layout = layout_on_disk(tensors, _rank_sizes(iteration, tensors), vpp_size)
+        found = vocabulary.rows(tensors, layout)
+        tokens, multiple = vocabulary.recorded(read_manifest(Path(directory)), found)
+        if given is not None and given.make_vocab_size_divisible_by:
+            multiple = vocabulary.checked(given.make_vocab_size_divisible_by, found, iteration)
+        layout = replace(layout, make_vocab_size_divisible_by=multiple)
         if isinstance(given, GivenLayout):
             given.check(layout, iteration)
-        elif given is not None and given != layout:
+        elif given is not None and replace(given, make_vocab_size_divisible_by=multiple) != layout:
             raise LayoutError(f"given: {given}; but {iteration} holds: {layout}")
-        return cls(directory=iteration, layout=layout, tensors=tensors, files=files)
+        return cls(directory=iteration, layout=layout, tensors=tensors, files=files, vocabulary=tokens)
 
 
 def iteration_dir(directory: Path) -> Path:

@@ -14,6 +14,7 @@ from heapq import nlargest
 from math import prod
 
 from mm_convert import copying
+from mm_convert.dealing import dealt_bytes
 from mm_convert.errors import RamCapError
 from mm_convert.plans import ZEROS, Plan
 
@@ -32,22 +33,14 @@ class Buffers:
 def buffer_bytes(plan: Plan, job: copying.Job) -> int:
     """An upper bound of the bytes that a worker holds at once for a job."""
     segments = [s for target in job for s in plan.writes[target]]
-    # Zeros stand in no file; they are made as a whole.
-    zeros = [
-        s.length * plan.targets[s.target].nbytes // max(1, plan.targets[s.target].shape[s.dim])
-        for s in segments
-        if s.source.section == ZEROS
-    ]
-    streamed = copying.CHUNK + max([copying.CHUNK, *zeros])
-    sources = [plan.sources[ref].nbytes for ref in {s.source for s in segments if s.source.section != ZEROS}]
-    targets = [plan.targets[ref].nbytes for ref in job]
+    streamed = 2 * copying.CHUNK
     if is_turned(plan, job):
-        return sum(sources) + 2 * max(targets)
+        sources = [plan.sources[ref].nbytes for ref in {s.source for s in segments if s.source.section != ZEROS}]
+        return sum(sources) + 2 * max(plan.targets[ref].nbytes for ref in job)
     count = rows(plan, job)
     if count <= 1:
         return streamed
-    widths = [nbytes // count for nbytes in (*sources, *targets)]
-    dealt = sum(widths) * min(count, max(1, copying.CHUNK // max(1, *widths)))
+    dealt = dealt_bytes(plan, job, count, copying.CHUNK)
     return max(dealt, streamed) if any(plan.checks.get(target) for target in job) else dealt
 
 
@@ -57,7 +50,7 @@ def is_turned(plan: Plan, job: copying.Job) -> bool:
 
 
 def rows(plan: Plan, job: copying.Job) -> int:
-    """How many rows the dimensions before the cut make of a tensor; where more than one, sources are read whole."""
+    """How many rows the dimensions before the cut make of a tensor; where more than one, they are dealt out."""
     return prod(plan.targets[job[0]].shape[: plan.writes[job[0]][0].dim])
 
 

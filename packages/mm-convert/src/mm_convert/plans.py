@@ -11,7 +11,7 @@ checks: they must hold the same bytes.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -36,6 +36,8 @@ BYTES = {
 SHOWN = 8
 ZEROS = "zeros"
 """The section of sources that stand in no file: zeros that a target holds and the source does not."""
+PADDED = "padding of "
+"""What the names of those begin with that one layout has and another has not, or others."""
 
 
 class Ref(NamedTuple):
@@ -72,6 +74,11 @@ class Segment(NamedTuple):
     length: int
     dim: int
     transposed: bool = False
+
+    @property
+    def is_padding(self) -> bool:
+        """Whether it writes what only its layout holds."""
+        return self.source.section == ZEROS and self.source.name.startswith(PADDED)
 
     @property
     def source_dim(self) -> int:
@@ -144,6 +151,13 @@ class Plan:
         for ref in self.targets:
             files.setdefault(ref.file, []).append(ref)
         return files
+
+    def segments(self) -> Iterator[Segment]:
+        """Writes, checks and what is dropped."""
+        for part in (self.writes, self.checks):
+            for segments in part.values():
+                yield from segments
+        yield from self.dropped
 
     @property
     def nbytes(self) -> int:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from mm_convert.errors import CheckpointError, LayoutError
 from mm_convert.families.family import Family, ModelSizes
 from mm_convert.layout import PARTS, RANK_FILE, Layout
-from mm_convert.plans import ZEROS, Ref, Segment, Spec, Specs, listed
-from mm_convert.rules import ZERO, Rule, is_turned
+from mm_convert.plans import PADDED, ZEROS, Ref, Segment, Spec, Specs, listed
+from mm_convert.rules import PADDING, ZERO, Rule, is_turned
+from mm_convert.vocabulary import laid_out
 
 
 def relate(
@@ -42,7 +43,7 @@ def relate(
     relation = _Relation(layout=layout, hf=hf, targets={}, segments=[])
     used: set[str] = set()
     missing: list[str] = []
-    for rule in family.rules(sizes, layout.pp_size):
+    for rule in laid_out(family.rules(sizes, layout.pp_size), layout):
         if rule.part not in parts:
             continue
         for instance in instances(rule, sizes, layout):
@@ -133,6 +134,7 @@ class _Relation:
         dtype = _common_dtype([(ref, self.hf[ref]) for ref in held], source_dim)
         own_tp = self.layout.tp(rule.part)
         cut = operation.pieces(shapes, own_tp)
+        padding = Ref("", ZEROS, f"{PADDED}{instance.hf[0]}")
         pp_rank, _ = self.layout.place(instance.stage)
         whole = list(shapes[0][::-1] if transposed else shapes[0])
         for tp_rank in range(self.layout.tp_size):
@@ -142,9 +144,8 @@ class _Relation:
                 position = 0
                 for piece in cut[tp_rank % own_tp]:
                     length = piece.stop - piece.start
-                    self.segments.append(
-                        Segment(refs[piece.source], piece.start, target, position, length, dim, transposed)
-                    )
+                    source = padding if piece.source == PADDING else refs[piece.source]
+                    self.segments.append(Segment(source, piece.start, target, position, length, dim, transposed))
                     position += length
                 shape = list(whole)
                 shape[dim] = position

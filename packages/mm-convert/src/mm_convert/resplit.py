@@ -18,6 +18,7 @@ from mm_convert.megatron import MegatronFolder
 from mm_convert.plans import Plan, Ref, Segment, Spec, Specs, listed
 from mm_convert.relate import Instance, check_same, instances, relate
 from mm_convert.rules import ZERO, Operation, Rule, Shape, Transposed
+from mm_convert.vocabulary import laid_out, settled, without_padding
 
 
 def plan_resplit(family: Family, sizes: ModelSizes, mm: MegatronFolder, target: Layout) -> Plan:
@@ -33,12 +34,26 @@ def plan_resplit(family: Family, sizes: ModelSizes, mm: MegatronFolder, target: 
         ConvertError: the checkpoint is not whole, or the target's layout does not fit the model.
     """
     sizes.check(target)
+    vocabulary = tokens(sizes, mm)
+    if target.make_vocab_size_divisible_by and not vocabulary:
+        raise LayoutError(
+            f"make_vocab_size_divisible_by: how many rows of {mm.directory} are tokens, and how many were padded, can't"
+            " be told from the tensors; name a folder with the model's config.json: --cfg.hf_config.hf_dir"
+        )
+    layout = settled(mm.layout, mm.tensors, vocabulary, mm.directory)
     between = paper_tensors(family, sizes, mm)
-    held, there = relate(family, sizes, mm.layout, between)
+    if vocabulary:
+        between = without_padding(family.rules(sizes, mm.layout.pp_size), between, vocabulary)
+    held, there = relate(family, sizes, layout, between)
     check_same(mm.tensors, held, str(mm.directory))
     check_dtypes(mm, held)
     targets, onwards = relate(family, sizes, target, between)
     return Plan.build(mm.tensors, targets, compose(there, onwards))
+
+
+def tokens(sizes: ModelSizes, mm: MegatronFolder) -> int:
+    """Tokens of the model, by its configuration or the manifest of the folder; 0 if neither tells."""
+    return sizes.vocabulary or mm.vocabulary
 
 
 def paper_tensors(family: Family, sizes: ModelSizes, mm: MegatronFolder) -> dict[Ref, Spec]:
@@ -53,7 +68,7 @@ def paper_tensors(family: Family, sizes: ModelSizes, mm: MegatronFolder) -> dict
     made: dict[Ref, Spec] = {}
     explained: set[Ref] = set()
     missing: list[str] = []
-    rules = family.rules(sizes, mm.layout.pp_size)
+    rules = laid_out(family.rules(sizes, mm.layout.pp_size), mm.layout)
     for rule in sorted(rules, key=lambda rule: rule.optional):
         for instance in instances(rule, sizes, mm.layout):
             refs = _on_each_rank(mm.layout, instance, mm.layout.tp(rule.part))
@@ -79,16 +94,22 @@ def compose(first: Iterable[Segment], second: Iterable[Segment]) -> list[Segment
     """Join two relations that begin at the same tensors: segments from the targets of `first` to those of `second`.
 
     Where several targets of `first` hold the same range, the first reader of the range gets all of them, so that they
-    are compared once; further readers get one.
+    are compared once; further readers get one. What one layout has padded is nothing to the other.
     """
+    first, second = list(first), list(second)
+    padding = [*(s.reversed() for s in first if s.is_padding), *(s for s in second if s.is_padding)]
     holders: dict[tuple[Ref, int], dict[int, list[Segment]]] = defaultdict(lambda: defaultdict(list))
     for segment in first:
+        if segment.is_padding:
+            continue
         holders[segment.source, segment.source_dim][segment.source_start].append(segment)
     starts = {key: sorted(ranges) for key, ranges in holders.items()}
     compared: set[tuple[Ref, int, int]] = set()
     # One chain for each target and each of the claims to it; neighbours in a chain are often one range.
     chains: dict[tuple[int, Ref], list[Segment]] = defaultdict(list)
     for wanted in second:
+        if wanted.is_padding:
+            continue
         key, position = (wanted.source, wanted.source_dim), wanted.source_start
         stop = position + wanted.length
         while position < stop:
@@ -109,7 +130,8 @@ def compose(first: Iterable[Segment], second: Iterable[Segment]) -> list[Segment
                 _append(chains[number, wanted.target], part)
             compared.add(mark)
             position = end
-    return [segment for _, chain in sorted(chains.items(), key=lambda item: item[0][0]) for segment in chain]
+    joined = [segment for _, chain in sorted(chains.items(), key=lambda item: item[0][0]) for segment in chain]
+    return [*joined, *padding]
 
 
 def _append(chain: list[Segment], part: Segment) -> None:

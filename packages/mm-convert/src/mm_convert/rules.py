@@ -7,7 +7,7 @@ read backwards is the same slices with the arrow turned round (see :mod:`mm_conv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -18,11 +18,13 @@ Shape = tuple[int, ...]
 Where = Literal["layer", "first", "last", "start", "end"] | int
 ZERO = ""
 """In place of a Hugging Face name: zeros of the first source's shape, left out again on the way back."""
+PADDING = -1
+"""In place of a source's number: zeros that no source has, left out again on the way back."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """``source[start:stop]`` along the operation's dimension; `source` counts the rule's tensors."""
+    """``source[start:stop]`` along the operation's dimension; `source` counts the rule's tensors, or is `PADDING`."""
 
     source: int
     start: int
@@ -65,6 +67,44 @@ class Split:
         """Slice t of `tp_size` on rank t."""
         size = _share(shapes[0][self.dim], tp_size, f"dimension {self.dim} of size")
         return [[Piece(0, t * size, (t + 1) * size)] for t in range(tp_size)]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A row for each token, in equal slices: padded with zeros, if asked for, until there are.
+
+    Args:
+        multiple: what a rank's rows are rounded up to a multiple of; 0 for no padding.
+    """
+
+    multiple: int = 0
+    dim: int = 0
+
+    def share(self, size: int, tp_size: int) -> int:
+        """Rows of each rank."""
+        return -(-size // (self.multiple * tp_size)) * self.multiple
+
+    def pieces(self, shapes: Sequence[Shape], tp_size: int) -> list[list[Piece]]:
+        """Slice t of `tp_size` on rank t, the last ones with zeros behind them or of zeros alone.
+
+        Raises:
+            LayoutError: tp_size does not divide a vocabulary that is not to be padded.
+        """
+        size = shapes[0][0]
+        if not self.multiple and size % tp_size:
+            legal = [n for n in range(1, size + 1) if size % n == 0 and n <= 64]
+            raise LayoutError(
+                f"tp_size {tp_size} does not divide the vocabulary of {size} tokens; legal without padding: {legal}; or"
+                " have rows of zeros put behind it, as Megatron does: make_vocab_size_divisible_by 128 (its default)"
+            )
+        share = self.share(size, tp_size) if self.multiple else size // tp_size
+        return [list(self._slice(size, t * share, (t + 1) * share)) for t in range(tp_size)]
+
+    def _slice(self, size: int, start: int, stop: int) -> Iterator[Piece]:
+        if start < size:
+            yield Piece(0, start, min(stop, size))
+        if stop > size:
+            yield Piece(PADDING, max(start, size), stop)
 
 
 @dataclass(frozen=True)

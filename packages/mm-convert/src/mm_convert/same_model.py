@@ -23,6 +23,7 @@ from mm_convert.progress import progress
 from mm_convert.relate import relate
 from mm_convert.resplit import compose, paper_tensors
 from mm_convert.stored import StoredFile
+from mm_convert.vocabulary import explained, rows, without_padding
 
 Folder = HuggingFaceFolder | MegatronFolder
 
@@ -137,7 +138,10 @@ def _related(a: Folder, b: Folder) -> tuple[dict[Ref, Spec], list[Segment]]:
     if isinstance(a, HuggingFaceFolder) and isinstance(b, HuggingFaceFolder):
         return _by_name(a, b)
     if isinstance(a, MegatronFolder) and isinstance(b, MegatronFolder):
-        if a.layout == b.layout and _stands_apart(a) == _stands_apart(b):
+        found = [rows(mm.tensors, mm.layout) for mm in (a, b)]
+        padded = any(mm.vocabulary not in (0, sum(held)) for mm, held in zip((a, b), found, strict=True))
+        alike = a.layout == b.layout and found[0] == found[1] and _stands_apart(a) == _stands_apart(b)
+        if alike and not padded:
             same = [Segment(ref, 0, ref, 0, (spec.shape or (1,))[0], 0) for ref, spec in a.tensors.items()]
             return dict(a.tensors), same
         return _resplit(a, b)
@@ -147,8 +151,9 @@ def _related(a: Folder, b: Folder) -> tuple[dict[Ref, Spec], list[Segment]]:
             raise ModelError(f"{a.directory}: no converter knows model_type {a.config.get('model_type')!r}")
         converter = Converter.named(names[0], canonical=_stands_apart(b))
         converter.sizes(a).check_whole(b.layout, b.directory)
-        plan = converter.plan_hf_to_mm(a, b.layout)
-        return dict(plan.targets), _segments(plan)
+        layout = explained(b.layout, rows(b.tensors, b.layout), converter.tokens(a)) or b.layout
+        plan = converter.plan_hf_to_mm(a, layout)
+        return dict(plan.targets), _held_by_both(plan)
     raise AssertionError("verify puts the Hugging Face folder first")
 
 
@@ -168,10 +173,16 @@ def _resplit(a: MegatronFolder, b: MegatronFolder) -> tuple[dict[Ref, Spec], lis
         )
     sizes = sizes_on_disk(of_a, a, b.layout, legal=True)
     sizes.check_whole(b.layout, b.directory)
+    found = [rows(mm.tensors, mm.layout) for mm in (a, b)]
+    # Where no manifest tells, the tokens are at most the rows of the folder that has fewer.
+    vocabulary = a.vocabulary or b.vocabulary or min(map(sum, found))
+    layouts = [explained(mm.layout, held, vocabulary) for mm, held in zip((a, b), found, strict=True)]
     between = paper_tensors(of_a, sizes, a)
-    _, there = relate(of_a, sizes, a.layout, between)
-    targets, onwards = relate(of_b, sizes, b.layout, between)
-    return targets, _segments(Plan.build(a.tensors, targets, compose(there, onwards)))
+    if vocabulary and layouts[0]:
+        between = without_padding(of_a.rules(sizes, a.layout.pp_size), between, vocabulary)
+    _, there = relate(of_a, sizes, layouts[0] or a.layout, between)
+    targets, onwards = relate(of_b, sizes, layouts[1] or b.layout, between)
+    return targets, _held_by_both(Plan.build(a.tensors, targets, compose(there, onwards)))
 
 
 def _by_name(a: HuggingFaceFolder, b: HuggingFaceFolder) -> tuple[dict[Ref, Spec], list[Segment]]:
@@ -224,10 +235,9 @@ def _unequal(a: Folder, b: Folder, segments: Iterable[Segment], expected: Specs)
         yield Difference(kind="bytes", name=_name(ref), detail=detail, elements=count, of=of)
 
 
-def _segments(plan: Plan) -> list[Segment]:
-    """Writes and checks: each copy must agree. What was made out of nothing is nowhere to be compared with."""
-    both = [s for part in (plan.writes, plan.checks) for segments in part.values() for s in segments]
-    return [s for s in both if s.source.section != ZEROS]
+def _held_by_both(plan: Plan) -> list[Segment]:
+    """Each copy must agree. What was made out of nothing, or has no place, is nowhere to be compared with."""
+    return [s for s in plan.segments() if ZEROS not in (s.source.section, s.target.section)]
 
 
 def _made_from(path: Path, source: Folder, source_path: Path) -> bool:

@@ -64,10 +64,10 @@ class Conversion:
     folders: Sequence[Path] = ()
 
     def __post_init__(self) -> None:
-        """Refuse to read and to write one folder.
+        """Refuse to write into a folder that is read.
 
         Raises:
-            OutputExistsError: it is.
+            OutputExistsError: the target is that folder, or would stand in it.
         """
         target = self.target.directory
         for folder in self.folders:
@@ -76,6 +76,12 @@ class Conversion:
                     f"{target} can't be written: {folder}, which is read, stands in it, and the result is a folder of"
                     f" its own; give another one, {target.absolute().with_name(target.absolute().name + '-converted')}"
                     " for example"
+                )
+            if resolved(target).is_relative_to(resolved(folder)):
+                raise OutputExistsError(
+                    f"{target} can't be written: it would stand in {folder}, which is read and stays as it is; give a"
+                    f" folder outside, {folder.absolute().with_name(folder.absolute().name + '-converted')} for"
+                    " example"
                 )
 
     def run(self, **how: Unpack[RunOptions]) -> Plan:

@@ -9,9 +9,11 @@ from typing import Any
 from mm_convert.errors import ModelError
 from mm_convert.families.family import Family, ModelSizes
 from mm_convert.huggingface import HuggingFaceFolder
+from mm_convert.layout import Layout
 from mm_convert.megatron import MegatronFolder
 from mm_convert.plans import Plan, Ref, Segment, Spec, Specs
-from mm_convert.relate import check_same, relate
+from mm_convert.relate import by_canonical_name, check_same, relate
+from mm_convert.vocabulary import settled, size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,8 @@ class Template:
             ConvertError: the checkpoint is not one of this model.
         """
         wanted = self._wanted()
-        made, segments = relate(self.family, self.sizes, mm.layout, wanted)
+        layout = self._layout(mm, wanted)
+        made, segments = relate(self.family, self.sizes, layout, wanted)
         check_same(mm.tensors, made, str(mm.directory))
         backwards = [segment.reversed() for segment in segments]
         dtypes = {segment.target: mm.tensors[segment.source].dtype for segment in backwards}
@@ -56,6 +59,12 @@ class Template:
         kept = {ref: replace(spec, shape=spec.shape or (1,)) for ref, spec in self.kept.items()}
         copies = [Segment(ref, 0, ref, 0, spec.shape[0], 0) for ref, spec in kept.items()]
         return Plan.build({**mm.tensors, **kept}, {**targets, **kept}, [*backwards, *copies])
+
+    def _layout(self, mm: MegatronFolder, wanted: Specs) -> Layout:
+        """The layout of a checkpoint, with the padding of its vocabulary if it has any."""
+        rules = self.family.rules(self.sizes, mm.layout.pp_size)
+        held = {name: wanted[ref] for name, ref in by_canonical_name(self.family, wanted).items()}
+        return settled(mm.layout, mm.tensors, size(rules, held), mm.directory)
 
     def written(self, plan: Plan) -> Specs:
         """The tensors of the new folder as their headers are to describe them."""

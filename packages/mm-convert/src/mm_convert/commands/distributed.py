@@ -76,10 +76,13 @@ class HfToTorchDist:
     Args:
         dist_dir: folder to write.
         hf_config: the Hugging Face side.
+        make_vocab_size_divisible_by: put rows of zeros behind embedding and output layer, up to a multiple of this: of
+            Megatron's option of this name times the run's tp_size; 0: none, megatron-core then pads as it loads.
     """
 
     dist_dir: str
     hf_config: HfConfig
+    make_vocab_size_divisible_by: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +93,14 @@ class TorchDistToHf:
         save_hf_dir: folder to write.
         dist_dir: folder with .metadata (iter_0001000, release), or the one above it.
         hf_config: the Hugging Face side.
+        padded_to_multiple_of: what the run rounded the vocabulary up to a multiple of (Megatron's
+            make_vocab_size_divisible_by times its tp_size); 0 finds it, if it is a power of two or there is a manifest.
     """
 
     save_hf_dir: str
     dist_dir: str
     hf_config: HfConfig
+    padded_to_multiple_of: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +112,15 @@ class MmToTorchDist:
         mm_dir: folder to read; its layout is found on disk.
         parallel_config: the Megatron side, as a check against what is on disk.
         hf_config: the model's configuration.
+        make_vocab_size_divisible_by: put rows of zeros behind embedding and output layer, up to a multiple of this: of
+            Megatron's option of this name times the run's tp_size; 0: none, megatron-core then pads as it loads.
     """
 
     dist_dir: str
     mm_dir: str
     parallel_config: GivenParallelConfig = field(default_factory=GivenParallelConfig)
     hf_config: OptionalHfConfig = field(default_factory=OptionalHfConfig)
+    make_vocab_size_divisible_by: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,12 +132,15 @@ class TorchDistToMm:
         dist_dir: folder with .metadata (iter_0001000, release), or the one above it.
         hf_config: the Hugging Face side, of which config.json alone is read.
         parallel_config: the Megatron side.
+        padded_to_multiple_of: what the run rounded the vocabulary up to a multiple of (Megatron's
+            make_vocab_size_divisible_by times its tp_size); 0 finds it, if it is a power of two or there is a manifest.
     """
 
     mm_dir: str
     dist_dir: str
     hf_config: HfConfig
     parallel_config: ParallelConfig
+    padded_to_multiple_of: int = 0
 
 
 def hf_to_dcp(converter: Converter | None, cfg: HfToDcp, options: Any) -> Conversion:
@@ -163,30 +175,53 @@ def hf_to_torch_dist(converter: Converter, cfg: HfToTorchDist, options: Any) -> 
     """Plan hf_to_torch_dist."""
     from mm_convert.distributed.torch_dist import prepare_hf_to_torch_dist
 
-    return prepare_hf_to_torch_dist(converter, cfg.hf_config.hf_dir, cfg.dist_dir)
+    return prepare_hf_to_torch_dist(
+        converter,
+        cfg.hf_config.hf_dir,
+        cfg.dist_dir,
+        make_vocab_size_divisible_by=cfg.make_vocab_size_divisible_by,
+    )
 
 
 def torch_dist_to_hf(converter: Converter, cfg: TorchDistToHf, options: Any) -> Conversion:
     """Plan torch_dist_to_hf."""
     from mm_convert.distributed.torch_dist import prepare_torch_dist_to_hf
 
-    return prepare_torch_dist_to_hf(converter, cfg.dist_dir, cfg.hf_config.hf_dir, cfg.save_hf_dir)
+    return prepare_torch_dist_to_hf(
+        converter,
+        cfg.dist_dir,
+        cfg.hf_config.hf_dir,
+        cfg.save_hf_dir,
+        padded_to_multiple_of=cfg.padded_to_multiple_of,
+    )
 
 
 def mm_to_torch_dist(converter: Converter, cfg: MmToTorchDist, options: Any) -> Conversion:
     """Plan mm_to_torch_dist."""
     from mm_convert.distributed.torch_dist import prepare_mm_to_torch_dist
 
-    given = cfg.parallel_config.given()
-    return prepare_mm_to_torch_dist(converter, cfg.mm_dir, cfg.dist_dir, layout=given, hf_dir=cfg.hf_config.hf_dir)
+    return prepare_mm_to_torch_dist(
+        converter,
+        cfg.mm_dir,
+        cfg.dist_dir,
+        layout=cfg.parallel_config.given(),
+        hf_dir=cfg.hf_config.hf_dir,
+        make_vocab_size_divisible_by=cfg.make_vocab_size_divisible_by,
+    )
 
 
 def torch_dist_to_mm(converter: Converter, cfg: TorchDistToMm, options: Any) -> Conversion:
     """Plan torch_dist_to_mm."""
     from mm_convert.distributed.torch_dist import prepare_torch_dist_to_mm
 
-    layout = cfg.parallel_config.layout()
-    return prepare_torch_dist_to_mm(converter, cfg.dist_dir, cfg.mm_dir, layout, hf_dir=cfg.hf_config.hf_dir)
+    return prepare_torch_dist_to_mm(
+        converter,
+        cfg.dist_dir,
+        cfg.mm_dir,
+        cfg.parallel_config.layout(),
+        hf_dir=cfg.hf_config.hf_dir,
+        padded_to_multiple_of=cfg.padded_to_multiple_of,
+    )
 
 
 COMMANDS: dict[str, tuple[type, Callable[..., Conversion]]] = {

@@ -84,6 +84,8 @@ class ParallelConfig:
         ep_size: expert-parallel size; must divide the number of experts.
         vit_tp_size: tensor-parallel size of the vision part, if it is smaller; 0 for tp_size.
         audio_tp_size: the same for the audio part.
+        make_vocab_size_divisible_by: put rows of zeros behind embedding and output layer, as Megatron's option of this
+            name does, up to a multiple of it times tp_size; 0, as published: none.
     """
 
     llm_pp_layers: LayerLists
@@ -93,6 +95,7 @@ class ParallelConfig:
     ep_size: int = 1
     vit_tp_size: int = 0
     audio_tp_size: int = 0
+    make_vocab_size_divisible_by: int = 0
 
     def layout(self, *, ldt: bool = False) -> Layout:
         """The layout that these options describe.
@@ -108,6 +111,7 @@ class ParallelConfig:
             ep_size=self.ep_size,
             vit_tp_size=self.vit_tp_size,
             audio_tp_size=self.audio_tp_size,
+            make_vocab_size_divisible_by=self.make_vocab_size_divisible_by,
             ldt=ldt,
         )
 
@@ -124,6 +128,8 @@ class GivenParallelConfig:
         ep_size: expert-parallel size.
         vit_tp_size: tensor-parallel size of the vision part; 0 for tp_size.
         audio_tp_size: the same for the audio part.
+        make_vocab_size_divisible_by: what the vocabulary's rows on a rank were rounded up to a multiple of; needed only
+            where it is no power of two and the folder has no manifest.
     """
 
     llm_pp_layers: LayerLists | None = None
@@ -133,6 +139,7 @@ class GivenParallelConfig:
     ep_size: int | None = None
     vit_tp_size: int | None = None
     audio_tp_size: int | None = None
+    make_vocab_size_divisible_by: int | None = None
 
     def given(self) -> GivenLayout:
         """What is to be checked."""
@@ -144,6 +151,7 @@ class GivenParallelConfig:
             ep_size=self.ep_size,
             vit_tp_size=self.vit_tp_size,
             audio_tp_size=self.audio_tp_size,
+            make_vocab_size_divisible_by=self.make_vocab_size_divisible_by,
         )
 
 

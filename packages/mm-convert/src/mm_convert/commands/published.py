@@ -13,6 +13,7 @@ from mm_convert.commands.options import HfToMm, MmToHf, Resplit
 from mm_convert.commands.spelling import with_cfg
 from mm_convert.errors import ModelError
 from mm_convert.families import CONVERTERS
+from mm_convert.vocabulary import DROPPED
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -178,8 +179,15 @@ def _converted(conversion: Conversion, options: Any, ram_cap: int | None) -> str
     return (
         f"{conversion.target.directory}: {len(made.targets)} tensors in {len(made.files())} files from"
         f" {len(made.sources)} tensors of {conversion.source}, {made.nbytes:,} bytes; every source byte used, every"
-        f" target byte made once" + f"; {unused} tensors {_fate(conversion.target.options)}" * bool(unused)
+        f" target byte made once"
+        + f"; {unused} tensors {_fate(conversion.target.options)}" * bool(unused)
+        + _dropped(conversion.target.options)
     )
+
+
+def _dropped(options: Mapping[str, Any]) -> str:
+    """What became of the rows that Megatron puts behind a vocabulary."""
+    return f"; {options[DROPPED]} rows of padding left out" if DROPPED in options else ""
 
 
 def _fate(options: Mapping[str, Any]) -> str:
@@ -201,7 +209,8 @@ def _forecast_text(told: Forecast) -> str:
         f" {kinds['joined']} joined from pieces",
         *_unused_text(told.options),
         "proof   every source byte used, every target byte made once"
-        + (f"; {told.compared} ranges stand in several copies, which are compared" * bool(told.compared)),
+        + (f"; {told.compared} ranges stand in several copies, which are compared" * bool(told.compared))
+        + _dropped(told.options),
         f"disk    {told.disk_bytes:,} bytes needed, {free} free" + (": too small" * small),
         f"memory  at most {told.memory_bytes >> 20} MiB with {told.workers} workers",
     ]

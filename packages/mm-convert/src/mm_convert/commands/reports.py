@@ -64,7 +64,9 @@ def _inspection_text(found: Inspection) -> str:
         layout = found.layout
         ep = f", ep {layout.ep_size}" if layout.ep_size > 1 else ""
         rows["parallel"] = f"tp {layout.tp_size}, pp {layout.pp_size}, vpp {layout.vpp_size}{ep}"
-        rows["layers"] = str(layout)
+        from mm_convert.families import CONVERTERS
+
+        rows["layers"] = layout.text(generative=any(CONVERTERS[name].generative for name in found.converters))
     made = found.manifest
     rows["made by"] = f"mm-convert {made['mm_convert']}, {made['options']}" if made else "unknown (no manifest)"
     return "\n".join([f"{found.path}", *(f"  {name:<10}{value}" for name, value in rows.items())])

@@ -66,13 +66,14 @@ def generative_hf_to_mm(converter: Converter, cfg: GenerativeHfToMm, options: An
 
 def generative_mm_to_hf(converter: Converter, cfg: GenerativeMmToHf, options: Any) -> Conversion:
     """Plan a generative model's mm_to_hf."""
-    return converter.prepare_mm_to_hf(
-        cfg.source_path,
-        cfg.hf_dir,
-        cfg.target_path,
-        hf_naming=options.hf_naming,
-        allow_unused=options.allow_unused,
-    )
+    with _pp_layers():
+        return converter.prepare_mm_to_hf(
+            cfg.source_path,
+            cfg.hf_dir,
+            cfg.target_path,
+            hf_naming=options.hf_naming,
+            allow_unused=options.allow_unused,
+        )
 
 
 def generative_resplit(converter: Converter, cfg: GenerativeResplit, options: Any) -> Conversion:

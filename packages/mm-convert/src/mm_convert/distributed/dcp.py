@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mm_convert.convert import Converter
 from mm_convert.distributed.description import metadata
@@ -144,7 +145,7 @@ def distributed_target(
     plan: Plan,
     stored: Mapping[Ref, Stored],
     directory: Path,
-    options: Mapping[str, str],
+    options: Mapping[str, Any],
     *,
     objects: Iterable[str],
     value: bytes,

@@ -52,10 +52,16 @@ class DistributedFolder:
         directory = Path(directory)
         if not (directory / METADATA).is_file() and (directory / TRACKER).is_file():
             directory = iteration_dir(directory)
-        tensors, objects = read_metadata(directory)
+        tensors, objects, ends = read_metadata(directory)
         absent = sorted({c.file for t in tensors.values() for c in t.chunks if not (directory / c.file).is_file()})
         if absent:
             raise CheckpointError(f"{directory} is incomplete: {METADATA} names {absent[:8]}; copy the whole folder")
+        for file in sorted({c.file for t in tensors.values() for c in t.chunks}):
+            size = (directory / file).stat().st_size
+            if size < ends[file]:
+                raise CheckpointError(
+                    f"{directory / file} has {size:,} bytes, {METADATA} names {ends[file]:,}: truncated? copy it again"
+                )
         return cls(directory=directory, tensors=tensors, objects=objects)
 
     def piece(self, key: str, chunk: Chunk, leading: Shape = ()) -> Piece:

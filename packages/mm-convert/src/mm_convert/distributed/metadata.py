@@ -94,8 +94,8 @@ class _Unpickler(pickle.Unpickler):
         )
 
 
-def read_metadata(directory: Path) -> tuple[dict[str, Described], list[str]]:
-    """The tensors of a folder, and the keys of what is no tensor.
+def read_metadata(directory: Path) -> tuple[dict[str, Described], list[str], dict[str, int]]:
+    """The tensors of a folder, the keys of what is no tensor, and how many bytes each file has at least.
 
     Raises:
         CheckpointError: no such folder, a damaged description, or one that asks to run code.
@@ -118,11 +118,14 @@ def read_metadata(directory: Path) -> tuple[dict[str, Described], list[str]]:
         raise CheckpointError(f"{path} can't be read: {error!r}; is it damaged?") from error
 
 
-def _described(content: Any) -> tuple[dict[str, Described], list[str]]:
+def _described(content: Any) -> tuple[dict[str, Described], list[str], dict[str, int]]:
     stored: dict[tuple[str, Shape], Any] = {}
+    ends: dict[str, int] = {}
     for index, info in content.fields["storage_data"].items():
         at = index.fields["fqn"], tuple(index.fields.get("offset") or ())
         stored[at] = info.fields
+        file, (start, length) = info.fields["relative_path"], _shape((info.fields["offset"], info.fields["length"]))
+        ends[file] = max(ends.get(file, 0), start + length)
     tensors: dict[str, Described] = {}
     objects: list[str] = []
     for key, value in content.fields["state_dict_metadata"].items():
@@ -132,7 +135,7 @@ def _described(content: Any) -> tuple[dict[str, Described], list[str]]:
             tensors[key] = _tensor(key, value.fields, stored)
         else:
             objects.append(key)
-    return tensors, objects
+    return tensors, objects, ends
 
 
 def _tensor(key: str, fields: Mapping[str, Any], stored: Mapping[tuple[str, Shape], Any]) -> Described:
@@ -149,7 +152,6 @@ def _tensor(key: str, fields: Mapping[str, Any], stored: Mapping[tuple[str, Shap
         file, start, length = info["relative_path"], info["offset"], info["length"]
         if not isinstance(file, str) or Path(file).name != file or file.startswith("."):
             raise CheckpointError(f"{key} stands in {file!r}, which is no file of the folder")
-        _shape((start, length))
         if len(offsets) != len(shape) or len(sizes) != len(shape):
             raise ValueError(f"{key} of shape {shape} has a piece {sizes} at {offsets}")
         chunks.append(Chunk(file, start, length, offsets, sizes))

@@ -28,18 +28,10 @@ class Piece:
     place: Any = None
 
 
-def segments_of(plan: Plan) -> Iterator[Segment]:
-    """Every segment of a plan."""
-    for part in (plan.writes, plan.checks):
-        for segments in part.values():
-            yield from segments
-    yield from plan.dropped
-
-
 def with_targets(plan: Plan, stored: Mapping[Ref, Ref]) -> Plan:
     """The same plan, whose targets have other addresses."""
     targets = {stored[ref]: spec for ref, spec in plan.targets.items()}
-    moved = [s._replace(target=stored.get(s.target, s.target)) for s in segments_of(plan)]
+    moved = [s._replace(target=stored.get(s.target, s.target)) for s in plan.segments()]
     return Plan.build(plan.sources, targets, moved)
 
 
@@ -58,7 +50,7 @@ def with_sources(plan: Plan, pieces: Mapping[Ref, Sequence[Piece]]) -> Plan:
         sources |= {piece.ref: Spec(plan.sources[ref].dtype, piece.sizes) for piece in held}
     segments = [
         part
-        for segment in segments_of(plan)
+        for segment in plan.segments()
         for part in ([segment] if segment.source not in pieces else _cut(segment, plan, pieces[segment.source]))
     ]
     return Plan.build(sources, plan.targets, segments)

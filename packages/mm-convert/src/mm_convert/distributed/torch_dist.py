@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from mm_convert.convert import Converter
 from mm_convert.distributed.dcp import STATE, check_total, distributed_target
@@ -27,15 +28,17 @@ from mm_convert.families import Family
 from mm_convert.families.canonical import is_canonical
 from mm_convert.families.family import ModelSizes
 from mm_convert.huggingface import HuggingFaceFolder, read_config
+from mm_convert.journal import read_manifest
 from mm_convert.layout import RANK_FILE, GivenLayout, Layout
 from mm_convert.megatron import CHECKPOINT_VERSION, MegatronFolder
 from mm_convert.plans import Plan, Ref, Spec
 from mm_convert.relate import instances
-from mm_convert.resplit import plan_resplit
+from mm_convert.resplit import plan_resplit, tokens
 from mm_convert.rules import Shape
 from mm_convert.targets import Conversion, huggingface_target, megatron_target
 from mm_convert.template import Template
 from mm_convert.torch_layout import TorchLayout
+from mm_convert.vocabulary import checked, dropped, recorded, rows, told
 
 GATED = re.compile(r"\.linear_fc1\.(weight|bias)$")
 FILE_BYTES = 5 << 30
@@ -48,15 +51,26 @@ BACKEND = {
 }
 
 
-def prepare_hf_to_torch_dist(converter: Converter, hf_dir: str | Path, dist_dir: str | Path) -> Conversion:
+def prepare_hf_to_torch_dist(
+    converter: Converter, hf_dir: str | Path, dist_dir: str | Path, *, make_vocab_size_divisible_by: int = 0
+) -> Conversion:
     """Plan Hugging Face → torch_dist; only headers are read.
+
+    Args:
+        converter: the model family.
+        hf_dir: the Hugging Face folder.
+        dist_dir: the folder to write.
+        make_vocab_size_divisible_by: what the vocabulary's rows are rounded up to a multiple of, with zeros; 0 for as
+            many as there are tokens, which megatron-core loads at any padding.
 
     Raises:
         ConvertError: the checkpoint does not fit its configuration.
     """
     hf = HuggingFaceFolder.open(hf_dir)
-    plan = converter.plan_hf_to_mm(hf, Layout.undivided(converter.sizes(hf).layers))
-    made, target = _torch_dist_target(plan, Path(dist_dir), {"command": "hf_to_torch_dist", "layout": "torch_dist"})
+    layout = Layout.undivided(converter.sizes(hf).layers, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
+    plan = converter.plan_hf_to_mm(hf, layout)
+    options = {"command": "hf_to_torch_dist", "layout": "torch_dist", **told(layout, converter.tokens(hf))}
+    made, target = _torch_dist_target(plan, Path(dist_dir), options)
     return Conversion(
         plan=made,
         source=f"{hf_dir} (Hugging Face)",
@@ -73,6 +87,7 @@ def prepare_mm_to_torch_dist(
     *,
     layout: GivenLayout | None = None,
     hf_dir: str | Path | None = None,
+    make_vocab_size_divisible_by: int = 0,
 ) -> Conversion:
     """Plan rank folders → torch_dist; only headers are read.
 
@@ -82,6 +97,7 @@ def prepare_mm_to_torch_dist(
         dist_dir: the folder to write.
         layout: what the caller believes; the layout itself is read from disk.
         hf_dir: a folder with the model's ``config.json``, where tensors alone don't tell enough.
+        make_vocab_size_divisible_by: as in :func:`prepare_hf_to_torch_dist`.
 
     Raises:
         ConvertError: the checkpoint is not whole, not of the given layout, or of the canonical structure.
@@ -92,8 +108,14 @@ def prepare_mm_to_torch_dist(
             f"{mm.directory} holds query, key and value apart, megatron-core's model holds them fused; go by way of"
             " mm_to_hf and hf_to_torch_dist"
         )
-    plan = converter.plan_resplit(mm, Layout.undivided(mm.layout.layers), hf_dir=hf_dir)
-    made, target = _torch_dist_target(plan, Path(dist_dir), {"command": "mm_to_torch_dist", "layout": "torch_dist"})
+    undivided = Layout.undivided(mm.layout.layers, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
+    plan = converter.plan_resplit(mm, undivided, hf_dir=hf_dir)
+    options = {
+        "command": "mm_to_torch_dist",
+        "layout": "torch_dist",
+        **told(undivided, converter.tokens_of(mm, hf_dir)),
+    }
+    made, target = _torch_dist_target(plan, Path(dist_dir), options)
     source = f"{mm.directory} ({mm.layout})"
     return Conversion(plan=made, source=source, files=mm.files, target=target, folders=[Path(mm_dir)])
 
@@ -105,6 +127,7 @@ def prepare_torch_dist_to_hf(
     save_hf_dir: str | Path,
     *,
     hf_naming: str = "template",
+    padded_to_multiple_of: int = 0,
 ) -> Conversion:
     """Plan torch_dist → Hugging Face, with the names and shards of `hf_dir`; only headers are read.
 
@@ -114,22 +137,29 @@ def prepare_torch_dist_to_hf(
         hf_dir: the template: configuration, tokenizer, names and shards.
         save_hf_dir: the folder to write.
         hf_naming: ``template`` for the template's own names, or one of the family's spellings.
+        padded_to_multiple_of: what the run rounded the vocabulary up to a multiple of; 0 to find it.
 
     Raises:
         ConvertError: the checkpoint does not fit the model.
     """
     hf, folder = HuggingFaceFolder.open(hf_dir), DistributedFolder.open(dist_dir)
     sizes = converter.sizes(hf)
-    mm, pieces = _undivided_folder(converter.family, folder, sizes)
+    mm, pieces = _undivided_folder(converter.family, folder, sizes, Path(dist_dir), padded_to_multiple_of)
     template = Template(hf=hf, family=converter.family, sizes=sizes, naming=hf_naming, kept={})
     plan = with_sources(template.plan(mm), pieces)
-    options = {"command": "torch_dist_to_hf", "layout": "Hugging Face", "hf_naming": hf_naming}
+    options = {"command": "torch_dist_to_hf", "layout": "Hugging Face", "hf_naming": hf_naming, **dropped(plan)}
     target = huggingface_target(template.written(plan), hf, template.config(), save_hf_dir, options)
     return _conversion(plan, folder, pieces, target, [Path(dist_dir), Path(hf_dir)])
 
 
 def prepare_torch_dist_to_mm(
-    converter: Converter, dist_dir: str | Path, mm_dir: str | Path, layout: Layout, *, hf_dir: str | Path
+    converter: Converter,
+    dist_dir: str | Path,
+    mm_dir: str | Path,
+    layout: Layout,
+    *,
+    hf_dir: str | Path,
+    padded_to_multiple_of: int = 0,
 ) -> Conversion:
     """Plan torch_dist → rank folders; only headers are read.
 
@@ -139,15 +169,20 @@ def prepare_torch_dist_to_mm(
         mm_dir: the folder to write.
         layout: how to cut the model.
         hf_dir: a folder with the model's ``config.json``, the only file of it that is read.
+        padded_to_multiple_of: as in :func:`prepare_torch_dist_to_hf`.
 
     Raises:
         ConvertError: the checkpoint does not fit the model, or the layout does not.
     """
     folder = DistributedFolder.open(dist_dir)
     sizes = converter.sizes_of(read_config(Path(hf_dir)), Path(hf_dir))
-    mm, pieces = _undivided_folder(converter.family, folder, sizes)
+    mm, pieces = _undivided_folder(converter.family, folder, sizes, Path(dist_dir), padded_to_multiple_of)
     plan = with_sources(plan_resplit(converter.family, sizes, mm, layout), pieces)
-    options = {"command": "torch_dist_to_mm", "layout": str(layout)}
+    options = {
+        "command": "torch_dist_to_mm",
+        "layout": layout.text(generative=converter.family.generative),
+        **told(layout, tokens(sizes, mm)),
+    }
     target = megatron_target(plan, layout, mm_dir, options, generative=converter.family.generative)
     return _conversion(plan, folder, pieces, target, [Path(dist_dir)])
 
@@ -168,7 +203,7 @@ def _conversion(
     )
 
 
-def _torch_dist_target(plan: Plan, directory: Path, options: Mapping[str, str]) -> tuple[Plan, Target]:
+def _torch_dist_target(plan: Plan, directory: Path, options: Mapping[str, Any]) -> tuple[Plan, Target]:
     where = places(ref.name for ref in plan.targets)
     counts: dict[str, Shape] = {}
     for place in where.values():
@@ -195,7 +230,7 @@ def _torch_dist_target(plan: Plan, directory: Path, options: Mapping[str, str]) 
 
 
 def _undivided_folder(
-    family: Family, folder: DistributedFolder, sizes: ModelSizes
+    family: Family, folder: DistributedFolder, sizes: ModelSizes, dist_dir: Path, multiple: int
 ) -> tuple[MegatronFolder, dict[Ref, list[Piece]]]:
     """A checkpoint as if one rank had written it, and the pieces in which it is stored."""
     layout = Layout.undivided(sizes.layers)
@@ -215,7 +250,13 @@ def _undivided_folder(
             tensors[ref], pieces[ref] = found
     unused = _unused(folder, pieces)
     check_total(folder.directory, "the tensors that the model asks for", dict.fromkeys(missing), unused)
-    return MegatronFolder(directory=folder.directory, layout=layout, tensors=tensors, files={}), pieces
+    held = rows(tensors, layout)
+    vocabulary, of_manifest = recorded(read_manifest(dist_dir), held)
+    if multiple:
+        checked(multiple, held, folder.directory)
+    layout = replace(layout, make_vocab_size_divisible_by=multiple or of_manifest)
+    mm = MegatronFolder(directory=folder.directory, layout=layout, tensors=tensors, files={}, vocabulary=vocabulary)
+    return mm, pieces
 
 
 def _find(folder: DistributedFolder, candidates: Iterable[Place]) -> tuple[Spec, list[Piece]] | None:

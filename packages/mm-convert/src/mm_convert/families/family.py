@@ -36,6 +36,7 @@ class ModelSizes:
         experts_per_token: how many of them a token passes.
         expert_matrix: hidden size and intermediate size of an expert; zeros where that is not known.
         uneven: vision heads need not be divisible by tp_size.
+        vocabulary: tokens; 0 where that is not known, or there are none.
     """
 
     llm_layers: int
@@ -51,6 +52,7 @@ class ModelSizes:
     experts_per_token: int = 0
     expert_matrix: tuple[int, int] = (0, 0)
     uneven: bool = False
+    vocabulary: int = 0
 
     @property
     def layers(self) -> tuple[int, int, int]:

@@ -62,6 +62,7 @@ def text_sizes(config: Mapping[str, Any]) -> ModelSizes:
             key_value_heads=text["num_key_value_heads"],
             vision_heads=0,
             tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+            vocabulary=text.get("vocab_size") or 0,
         )
     except KeyError as error:
         raise ModelError(f"config.json has no {error.args[0]!r}") from error

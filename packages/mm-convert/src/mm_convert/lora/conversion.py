@@ -84,7 +84,11 @@ class AdapterConverter:
         layout = layout or Layout.undivided(sizes.layers)
         targets, segments = self.relate(sizes, layout, tensors)
         plan = Plan.build(tensors, targets, segments)
-        options = {"command": "lora_hf_to_mm", "layout": str(layout), **self.told(adapter.tensors, tensors)}
+        options = {
+            "command": "lora_hf_to_mm",
+            "layout": layout.text(generative=self.family.generative),
+            **self.told(adapter.tensors, tensors),
+        }
         target = megatron_target(plan, layout, mm_dir, options, generative=self.family.generative)
         target = replace(target, others={CONFIG: adapter.directory / CONFIG, **target.others})
         source = f"{adapter_dir} (PEFT)"
@@ -121,9 +125,9 @@ class AdapterConverter:
             directory=Path(save_dir),
             layouts={WEIGHTS: SafetensorsLayout.of(plan.targets)},
             others={CONFIG: text.encode()},
-            options={"command": "lora_mm_to_hf", "layout": str(mm.layout)},
+            options={"command": "lora_mm_to_hf", "layout": mm.layout.text(generative=self.family.generative)},
         )
-        source = f"{mm.directory} ({mm.layout})"
+        source = f"{mm.directory} ({mm.layout.text(generative=self.family.generative)})"
         return Conversion(plan=plan, source=source, files=mm.files, target=target, folders=known)
 
     def plan_mm_to_hf(self, mm: MegatronFolder, sizes: ModelSizes, template: str | Path | None = None) -> Plan:

@@ -182,10 +182,10 @@ class Merger:
         made = {ref: _made(base, ref, adapter, modules.get(ref), shelf) for ref in needed}
         copies = [Segment(ref, 0, ref, 0, spec.shape[0], 0) for ref, spec in kept.items()]
         plan = Plan.build({**kept, **{_address(ref): paper[ref] for ref in needed}}, expected, [*onwards, *copies])
-        options = _options(adapter, layout=str(mm.layout))
+        options = _options(adapter, layout=mm.layout.text(generative=self.family.generative))
         return Conversion(
             plan=plan,
-            source=f"{mm.directory} ({mm.layout}) and {adapter_dir}",
+            source=f"{mm.directory} ({mm.layout.text(generative=self.family.generative)}) and {adapter_dir}",
             files=_files(mm.files, adapter, made),
             target=megatron_target(plan, mm.layout, target, options, generative=self.family.generative),
             folders=[base_dir, adapter_dir],
