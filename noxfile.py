@@ -45,7 +45,7 @@ nox.options.sessions = ["lint", "types", "tests", "isolated", "npu-contract", "t
 CONSTRAINTS = ROOT / "constraints" / "cpu.txt"
 LIMITS = ("-c", str(CONSTRAINTS))
 VENDORS = ("torch-npu", "mindiesd", "triton", "einops", "pyzmq")  # the last two: mindiesd imports them undeclared
-ON_ACCELERATORS = ("dit-cache", "dit-fused-ops", "dit-ulysses", "wan-infer")
+ON_ACCELERATORS = ("dit-cache", "dit-fused-ops", "dit-ulysses", "mm-convert", "mm-datafmt", "mm-finetune", "wan-infer")
 # What types and tests need beside the packages; peft is compared with.
 TOOLS = (*TEST_TOOLS, *BUILD_TOOLS, "mypy", "nox", "tomli", "peft")
 SETTINGS = ROOT / "pyproject.toml"
@@ -90,7 +90,8 @@ def types(session: nox.Session) -> None:
     # One run a package: equal names of test files in two packages are two modules of one name to mypy.
     for package in PACKAGES.values():
         session.run(python, "-m", "mypy", str(package.folder / "src"), str(package.tests), external=True)
-    session.env["MYPYPATH"] = os.pathsep.join(("tests", "benchmarks"))
+    # The adapters' test across packages compares with mm-finetune's own reference.
+    session.env["MYPYPATH"] = os.pathsep.join(("tests", "benchmarks", "packages/mm-finetune/tests"))
     session.run(python, "-m", "mypy", "noxfile.py", "tests", "benchmarks", "docs/conf.py", external=True)
 
 

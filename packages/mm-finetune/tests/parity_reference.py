@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from mm_finetune.config import OptimizationConfig
 from mm_finetune.data import Batch
+from mm_finetune.families import family_of
 from mm_finetune.mini.model import model_config
 from mm_finetune.mini.tokenizer import SPECIAL_TOKENS, VOCAB_SIZE
 
@@ -58,7 +60,7 @@ class Vocabulary:
 
 def hf_config(variant: dict[str, Any]) -> Any:
     """qwen2_5_vl-mini, tied or not; ``wide``: more heads, so that four ranks can share them."""
-    config = model_config(Vocabulary())
+    config = model_config(Vocabulary(), family=variant.get("family", "qwen2_5_vl"))
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = variant["tied"]
     if variant["wide"]:
         config.text_config.num_attention_heads, config.text_config.num_key_value_heads = 8, 4
@@ -67,10 +69,11 @@ def hf_config(variant: dict[str, Any]) -> Any:
 
 
 def hf_model(variant: dict[str, Any], *, seed: int = 0) -> Any:
-    from transformers import Qwen2_5_VLForConditionalGeneration
+    config = hf_config(variant)
+    family = family_of(config.model_type)
 
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(hf_config(variant)).float()
+    model = getattr(transformers, family.model)(config).float()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms of 1 and biases of 0 would hide a mistake

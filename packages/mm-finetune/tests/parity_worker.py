@@ -26,6 +26,7 @@ from mm_finetune.engine.model import QwenVL
 from mm_finetune.engine.parallel import Ranks, model_parallel, processes, transformer_config
 from mm_finetune.engine.step import Trainer
 from mm_finetune.engine.weights import Checkpoint, section_name
+from mm_finetune.families import family_of, model_class
 
 DEFAULTS: dict[str, Any] = {
     "variant": "plain", "tp": 1, "pp": 1, "llm": [[4]], "sp": False, "dist_opt": True, "packed": False,
@@ -106,14 +107,21 @@ def our_logits(trainer: Trainer, batch: Batch) -> Tensor:
     return torch.cat(parts, dim=-1)[:, :tokens]
 
 
+def converter_of(reference: Path) -> Any:
+    from mm_convert import Converter
+
+    model_type = json.loads((reference / "hf/config.json").read_text())["model_type"]
+    return Converter.named(family_of(model_type).converter)
+
+
 def made_checkpoint(case: dict[str, Any], reference: Path, folder: Path, parallel: ParallelConfig) -> Checkpoint:
-    from mm_convert import Converter, Layout
+    from mm_convert import Layout
 
     if dist.get_rank() == 0:
         vit = [[0] * case["pp"] for _ in case["llm"]]
         vit[0][0] = 4
         layout = Layout(llm_pp_layers=case["llm"], vit_pp_layers=vit, tp_size=case["tp"])  # type: ignore[arg-type]
-        Converter.named("Qwen2_5_VLConverter").hf_to_mm(reference / "hf", folder / "mm", layout)
+        converter_of(reference).hf_to_mm(reference / "hf", folder / "mm", layout)
     dist.barrier()
     return Checkpoint(folder / "mm", reference / "hf", parallel)
 
@@ -190,12 +198,8 @@ def curve(trainer: Trainer, truth: dict[str, Any], case: dict[str, Any]) -> dict
 
 def export_difference(folder: Path, reference: Path, truth: dict[str, Any], steps: int) -> float:
     """Save → mm_to_hf → transformers: largest relative difference to the reference's trained weights."""
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    from mm_convert import Converter
-
-    Converter.named("Qwen2_5_VLConverter").mm_to_hf(folder / "out", reference / "hf", folder / "tuned")
-    model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "tuned", output_loading_info=True)
+    converter_of(reference).mm_to_hf(folder / "out", reference / "hf", folder / "tuned")
+    model, info = model_class(reference / "hf").from_pretrained(folder / "tuned", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys")), info
     return max(relative(p.detach(), truth["trained"][steps][n]) for n, p in model.named_parameters())
 

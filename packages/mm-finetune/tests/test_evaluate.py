@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from evaluation_worlds import lively_model, samples, write_records
 from safetensors.torch import load_file, save_file
 
-from mm_datafmt import Message, Sample
-from mm_finetune.answers import Evaluation
+from mm_datafmt import Sample
 from mm_finetune.cli import main
 from mm_finetune.errors import CheckpointError, ConfigError, DataError, OutputExistsError
-from mm_finetune.evaluate import Answerer, Prompt, evaluate, load_model, read_samples
+from mm_finetune.evaluation import Answerer, Evaluation, Prompt, evaluate, load_model
+from mm_finetune.evaluation.records import question_of
 from mm_finetune.rope import mrope_positions
 
 NEW_TOKENS = 4
@@ -23,41 +24,11 @@ NEW_TOKENS = 4
 
 @pytest.fixture(scope="module")
 def lively(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The mini model with weights so large that every picture and position changes what it says."""
-    folder = tmp_path_factory.mktemp("lively") / "hf"
-    shutil.copytree(mini / "hf", folder)
-    generator = torch.Generator().manual_seed(0)
-    weights = load_file(folder / "model.safetensors")
-    for name, tensor in weights.items():
-        if tensor.dim() > 1:
-            scale = 0.02 if "patch_embed" in name else 1.5 * tensor[0].numel() ** -0.5
-            weights[name] = torch.randn(tensor.shape, generator=generator) * scale
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    return lively_model(mini, tmp_path_factory.mktemp("lively") / "hf")
 
 
-def pictures(mini: Path) -> list[str]:
-    folder = mini / "data/images"
-    return [path.relative_to(folder).as_posix() for path in sorted(folder.glob("*/*.png"))]
-
-
-def samples(mini: Path) -> list[Sample]:
-    """Prompts of different lengths: digits, crops, two pictures, none, an earlier turn."""
-    names = pictures(mini)
-    digits, crops = names[:60], names[60:]
-
-    def sample(*contents: str, images: tuple[str, ...] = ()) -> Sample:
-        turns = zip(["user", "assistant"] * len(contents), contents, strict=False)
-        return Sample(messages=tuple(Message(role=role, content=text) for role, text in turns), images=images)
-
-    return [
-        sample("<image>\nWhich digit is this?", "7", images=(digits[0],)),
-        sample("No picture here, but a longer question about the weather in autumn?", "wet"),
-        sample("<image>\nWhich photograph is this a part of?", "moon", images=(crops[0],)),
-        sample("First <image>, then <image>\nWhich?", "both", images=(crops[5], digits[1])),
-        sample("<image>\nHm?", "Yes.", "And <image>?", "No.", images=(digits[2], crops[100])),
-        sample("<image>\nWhich digit is this?", "3", images=(digits[3],)),
-    ]
+def prompt_of(answerer: Answerer, sample: Sample, root: Path) -> Prompt:
+    return answerer.prompts.read(answerer.prompts.outline(question_of(sample, 1, root)))
 
 
 def plain_loop(answerer: Answerer, prompt: Prompt, *, flat: bool = False) -> str:
@@ -84,7 +55,7 @@ def plain_loop(answerer: Answerer, prompt: Prompt, *, flat: bool = False) -> str
 
 def test_batched_answers_are_those_of_a_plain_loop(mini: Path, lively: Path) -> None:
     answerer = Answerer(lively, max_new_tokens=NEW_TOKENS)
-    prompts = [answerer.prompt(sample, mini / "data/images") for sample in samples(mini)]
+    prompts = [prompt_of(answerer, sample, mini / "data/images") for sample in samples(mini)]
     expected = [plain_loop(answerer, prompt) for prompt in prompts]
     # The comparison can fail: answers differ, and positions that ignore the rows and columns give others.
     assert len(set(expected)) == len(expected)
@@ -102,18 +73,8 @@ def test_settings_of_the_folder_do_not_change_the_answers(mini: Path, lively: Pa
     answers = []
     for hf_dir in (lively, folder):
         answerer = Answerer(hf_dir, max_new_tokens=NEW_TOKENS)
-        answers.append(answerer.answer([answerer.prompt(one, mini / "data/images") for one in samples(mini)]))
+        answers.append(answerer.answer([prompt_of(answerer, one, mini / "data/images") for one in samples(mini)]))
     assert answers[0] == answers[1]
-
-
-def write_records(path: Path, entries: list[Sample], answers: list[str]) -> Path:
-    values = []
-    for sample, answer in zip(entries, answers, strict=True):
-        turns = [{"role": message.role, "content": message.content} for message in sample.messages]
-        turns[-1]["content"] = answer
-        values.append({"messages": turns, "images": list(sample.images)})
-    path.write_text(json.dumps(values))
-    return path
 
 
 def test_exact_matches_are_counted_by_question(
@@ -185,17 +146,18 @@ def test_numbers_that_cannot_be_are_refused(mini: Path, tmp_path: Path, batch_si
         )  # fmt: skip
 
 
-def test_faults_of_the_data_are_found_first(mini: Path, tmp_path: Path) -> None:
-    entries = samples(mini)
-    data = write_records(tmp_path / "a.json", entries, ["?"] * 6)
-    with pytest.raises(DataError, match=r"pictures missing: .* and 2 more; is --dataset_dir right"):
-        read_samples(data, tmp_path)
+def test_data_without_a_record_to_ask_is_refused_before_a_model_is_read(mini: Path, tmp_path: Path) -> None:
+    data = write_records(tmp_path / "a.json", samples(mini)[:1], ["?"])
+    with pytest.raises(DataError, match=r"no record of .* can be asked; record 1: .*is --dataset_dir right"):
+        evaluate(tmp_path, data, tmp_path / "out.json")
     data.write_text('[{"messages": [{"role": "user", "content": "only a question"}]}]')
-    with pytest.raises(DataError, match=r"record 1 of .* does not end with a question and its answer"):
-        read_samples(data, tmp_path)
+    with pytest.raises(DataError, match=r"record 1: it does not end with a question and its answer"):
+        evaluate(tmp_path, data, tmp_path / "out.json")
     data.write_text("[{")
     with pytest.raises(DataError, match=r"a\.json"):
-        read_samples(data, tmp_path)
+        evaluate(tmp_path, data, tmp_path / "out.json")
+    with pytest.raises(DataError, match="can't be read"):
+        evaluate(tmp_path, tmp_path / "none.json", tmp_path / "out.json")
 
 
 def test_a_folder_that_is_no_model_is_refused(mini: Path, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""The norm against its formula; what attention refuses; the vision tower's attention against transformers' loop."""
+"""Norm, gate and rotary embedding against their formulas; what attention refuses; the vision tower: transformers'."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from parity_reference import hf_config
 from torch import Tensor
 
-from mm_finetune.engine.layers import NORMS, CoreAttention, PackedRow, RMSNorm
+from mm_finetune.engine.layers import CoreAttention, MultimodalRotary, PackedRow, RMSNorm
+from mm_finetune.engine.pointwise import rms_norm, rotate, swiglu
 from mm_finetune.engine.vision import vision_tower
 
 
@@ -31,20 +33,61 @@ def test_norm(dtype: torch.dtype, bound: float) -> None:
     assert norm.weight.sequence_parallel, "Megatron sums its gradient over tensor-parallel ranks"  # type: ignore[attr-defined]
 
 
-def test_norm_on_npu() -> None:
-    """``npu_rms_norm(x, gamma, epsilon)`` gives the norm and the reciprocal root."""
-    library = torch.library.Library("npu", "FRAGMENT")  # type: ignore[no-untyped-call]
-    library.define("npu_rms_norm(Tensor self, Tensor gamma, float epsilon=1e-06) -> (Tensor, Tensor)")  # type: ignore[no-untyped-call]
+def gate_by_formula(x: Tensor) -> Tensor:
+    gate, value = x.double().chunk(2, -1)
+    return gate / (1 + (-gate).exp()) * value
 
-    def run(x: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
-        root = (x.pow(2).mean(-1, keepdim=True) + epsilon).rsqrt()
-        return gamma * x * root, root
 
-    library.impl("npu_rms_norm", run, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
-    x, weight = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)), torch.linspace(-1, 2, 8)
-    ours = NORMS["npu"](x, weight, 1e-3)
-    library._destroy()  # type: ignore[no-untyped-call]
-    torch.testing.assert_close(ours.double(), by_formula(x, weight, 1e-3), rtol=1e-5, atol=1e-6)
+def turn_by_formula(x: Tensor, angles: Tensor) -> Tensor:
+    """Each pair (a, b) of the two halves as the complex number a + ib, turned by its angle."""
+    first, second = x.double().chunk(2, -1)
+    turned = torch.complex(first, second) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    return torch.cat([turned.real, turned.imag], -1)
+
+
+ANGLES = torch.linspace(0, 5, 21, dtype=torch.float64).view(7, 3)
+TABLES = tuple(table.float().repeat(1, 2) for table in (ANGLES.cos(), ANGLES.sin()))
+WRITTEN: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
+    "norm": (lambda x, w: rms_norm(x, w, 1e-3), lambda x, w: by_formula(x, w, 1e-3), ((5, 2, 32), (32,))),
+    "gate": (swiglu, gate_by_formula, ((5, 2, 32),)),
+    "rotary": (lambda x: rotate(x, *TABLES), lambda x: turn_by_formula(x, ANGLES), ((7, 2, 6),)),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_values_and_gradients_are_those_of_the_formula(name: str) -> None:
+    """Autograd of the formula in float64 is the truth."""
+    run, formula, sizes = WRITTEN[name]
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(size, generator=generator, requires_grad=True) for size in sizes]
+    exact = [each.detach().double().requires_grad_() for each in given]
+    got, wanted = run(*given), formula(*exact)
+    weight = torch.linspace(-1, 2, got.numel()).view_as(got)
+    ours = torch.autograd.grad(got, given, weight)
+    theirs = torch.autograd.grad(wanted, exact, weight.double())
+    for one, other in zip([got, *ours], [wanted, *theirs], strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_frozen_norm() -> None:
+    x, weight = torch.randn(4, 8, requires_grad=True), torch.linspace(-1, 2, 8)
+    exact = x.detach().double().requires_grad_()
+    (ours,) = torch.autograd.grad(rms_norm(x, weight, 1e-6).square().sum(), x)
+    (theirs,) = torch.autograd.grad(by_formula(exact, weight, 1e-6).square().sum(), exact)
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_multimodal_rotary_is_that_of_transformers() -> None:
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding
+
+    text: Any = hf_config({"tied": False, "wide": False}).text_config
+    positions = torch.randint(0, 90, (3, 2, 5), generator=torch.Generator().manual_seed(0))
+    theirs = Qwen2_5_VLRotaryEmbedding(text)(torch.zeros(1), positions)
+    rope = text.rope_parameters
+    width = text.hidden_size // text.num_attention_heads
+    ours = MultimodalRotary(width, rope["rope_theta"], rope["mrope_section"])(positions)
+    for got, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, wanted.flatten(0, 1), rtol=1e-5, atol=1e-5)
 
 
 def test_attention_takes_no_mask() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,25 @@ def test_what_was_found_is_remembered(config: DataConfig, mini: Path, monkeypatc
     config.path.write_text(config.path.read_text() + "\n")
     dataset(config, mini).look()
     assert examined == list(range(12)) * 2
+
+
+def test_processes_that_begin_together_look_once(
+    config: DataConfig, mini: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Locks belong to an opened file, so that two threads stand for two processes."""
+    examined: list[int] = []
+    examine, sets = lengths.examine, [dataset(config, mini) for _ in range(3)]
+
+    def spied(encoder: Any, samples: Any, numbers: Any) -> Any:
+        examined.extend(numbers)
+        return examine(encoder, samples, numbers)
+
+    monkeypatch.setattr(lengths, "examine", spied)
+    with ThreadPoolExecutor() as pool:
+        first, *others = pool.map(lambda records: records.look(), sets)
+    assert examined == list(range(12))
+    for other in others:
+        np.testing.assert_array_equal(first.tokens, other.tokens)
 
 
 def test_a_damaged_memory_is_no_harm(config: DataConfig, mini: Path) -> None:

@@ -17,10 +17,10 @@ from statistics import NormalDist
 import pytest
 from PIL import Image
 
-from mm_finetune.answers import Answer, Evaluation
 from mm_finetune.cli import main
 from mm_finetune.curve import running_mean
 from mm_finetune.errors import ConfigError, DataError, OutputExistsError
+from mm_finetune.evaluation.answers import Answer, Evaluation
 from mm_finetune.page import interval
 from mm_finetune.report import collect, eval_path, read_metrics, write_report
 from mm_finetune.watching import Guard
@@ -342,6 +342,42 @@ def test_evaluations_in_the_middle_must_be_of_the_same_records(world: World) -> 
     path.write_text(json.dumps(value))
     with pytest.raises(DataError, match=r"step_0000002.json and .*step_0000004.json are answers to different records"):
         collect(world.run)
+
+
+def test_evaluations_in_the_middle_may_be_of_fewer_records(world: World) -> None:
+    """Then they are a curve of their own, and the cards compare before and after."""
+    add_stages(world, (2, 4))
+    for step in (2, 4):
+        path = eval_path(world.run, step)
+        value = json.loads(path.read_text())
+        path.write_text(json.dumps(value | {"samples": value["samples"][::4], "loss": 3 / step}))
+    page = world.write()
+    assert re.search(rf"{7 / 61:.1%}\s*→\s*{46 / 61:.1%}", page.visible)
+    labels = [attributes.get("aria-label") for _, attributes in page.tags]
+    assert {"Share of right answers by step", "Loss of the right answers by step"} <= set(labels)
+    cards = re.findall(r'<dl class="said">(.*?)</dl>', world.output.read_text())
+    assert all(re.findall(r"<dt>(.*?)</dt>", card) == ["answer", "before", "after"] for card in cards)
+
+
+def test_a_graded_metric_is_named_and_counted_in_parts(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    for path, half in ((world.before, 0.0), (world.after, 0.75)):
+        found = [
+            Answer(image=None, question=f"{n}?", answer="a", prediction="b", correct=n > 0, score=half if n else 0.0,
+                   groups=("all alike", f"group {n % 2}"))
+            for n in range(10)
+        ]  # fmt: skip
+        Evaluation(model="m", dataset_dir=tmp_path, answers=found, metric="anls", loss=1.5).save(path, overwrite=True)
+    assert Evaluation.load(world.after).loss == 1.5
+    page = world.write()
+    assert "ANLS" in page.visible
+    assert re.search(r"0\.0%\s*→\s*67\.5%", page.visible), "nine of ten have 0.75"
+    assert re.search(r"all alike · 10", page.visible)
+    assert "1 of 10 records" in page.visible, "the wrong ones are those that count nothing"
+    value = json.loads(world.after.read_text())
+    world.after.write_text(json.dumps(value | {"metric": "exact"}))
+    with pytest.raises(DataError, match="with the same --metric"):
+        collect(world.run, before=world.before, after=world.after)
 
 
 def test_refused_steps_are_listed(world: World) -> None:

@@ -9,14 +9,18 @@ import traceback
 from collections.abc import Sequence
 from types import ModuleType
 
+from mm_finetune.commands import check, export, import_mindspeed, infer, mini, plan, report, train
 from mm_finetune.commands import eval as eval_command
-from mm_finetune.commands import import_mindspeed, mini, report, train
 from mm_finetune.errors import FinetuneError
 from mm_finetune.launch import process_rank
 
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "train": (train, "fine-tune a converted model; under torchrun for several processes"),
+    "check": (check, "one batch through everything without training: data, layout, memory, loss"),
+    "plan": (plan, "memory for each device of a layout, and the layout to choose"),
     "eval": (eval_command, "let a Hugging Face model answer a data set and count what is right"),
+    "infer": (infer, "answer one question about pictures and videos"),
+    "export": (export, "a checkpoint as a Hugging Face folder, or its adapter as PEFT's"),
     "report": (report, "a run and its evaluations as one HTML file"),
     "import-mindspeed": (import_mindspeed, "write the configuration of a published MindSpeed MM example"),
     "mini": (mini, "make a tiny Qwen2.5-VL and a data set of real pictures, to try everything on a laptop"),

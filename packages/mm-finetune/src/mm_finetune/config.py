@@ -29,6 +29,7 @@ from mm_finetune.config_sections import (
     OptimizationConfig,
     OutputConfig,
     ParallelConfig,
+    PreferenceConfig,
 )
 from mm_finetune.config_tree import build, override, plain
 from mm_finetune.errors import ConfigError
@@ -40,6 +41,7 @@ __all__ = [
     "DataConfig",
     "OptimizationConfig",
     "LoraConfig",
+    "PreferenceConfig",
     "ParallelConfig",
     "OutputConfig",
 ]
@@ -64,6 +66,7 @@ class TrainConfig:
     data: DataConfig
     train: OptimizationConfig
     lora: LoraConfig | None = None
+    preference: PreferenceConfig | None = None
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     output: OutputConfig
 
@@ -82,6 +85,13 @@ class TrainConfig:
             return self
         steps = max(1, math.ceil(train.epochs * records / train.global_batch_size))
         return dataclasses.replace(self, train=dataclasses.replace(train, steps=steps, epochs=None))
+
+    @property
+    def room(self) -> int | None:
+        """Tokens of a packed row; None: nothing is packed."""
+        if not self.data.packing:
+            return None
+        return self.data.pack_length or self.data.seq_length * (2 if self.preference else 1)
 
     def data_parallel_size(self, world_size: int) -> int:
         """The data-parallel size for a number of processes.
@@ -149,6 +159,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold sections (model, data, train, parallel, output)")
     faults = _rename(tree)
+    if isinstance(tree.get("preference"), str):
+        tree["preference"] = {"loss": tree["preference"]}
     for text in overrides:
         key, equals, value = text.partition("=")
         override(tree, ALIASES.get(key, key) + equals + value, TrainConfig, yaml.safe_load)

@@ -16,6 +16,8 @@ BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("train.weight_decay", 0, math.inf),
     ("train.clip_grad", 0, math.inf),
     ("train.eval_every", 0, math.inf),
+    ("train.eval_max_new_tokens", 1, math.inf),
+    ("data.eval_samples", 0, math.inf),
     ("train.spike_factor", 0, math.inf),
     ("parallel.tp_size", 1, math.inf),
     ("parallel.pp_size", 1, math.inf),
@@ -32,8 +34,11 @@ BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("data.decode_timeout_s", 0, math.inf),
     ("lora.r", 1, math.inf),
     ("lora.dropout", 0, 1),
+    ("preference.label_smoothing", 0, 0.5),
+    ("preference.sft_weight", 0, math.inf),
     ("output.save_every", 0, math.inf),
     ("output.keep_last", 0, math.inf),
+    ("output.keep_best", 0, math.inf),
     ("output.log_every", 1, math.inf),
 )
 
@@ -68,25 +73,48 @@ def _value_faults(config: TrainConfig) -> list[str]:
         faults.append(f"train.lr is {train.lr}; it must be above 0")
     if not 0 <= train.min_lr <= train.lr:
         faults.append(f"train.min_lr is {train.min_lr}; it must lie between 0 and train.lr {train.lr}")
+    if train.eval_every and config.data.eval_path is None:
+        faults.append("train.eval_every needs data.eval_path, the held-out records that it asks about")
     if 0 < train.spike_factor <= 1:
         faults.append(f"train.spike_factor is {train.spike_factor}; it must be above 1, or 0 for no spikes")
     bad = {pattern: scale for pattern, scale in train.lr_scale.items() if not 0 <= scale < math.inf}
     if bad:
         faults.append(f"train.lr_scale is {bad}; factors must be 0 or more")
+    if config.lora is not None and not config.lora.alpha > 0:
+        faults.append(f"lora.alpha is {config.lora.alpha}; it must be above 0")
+    if config.lora is not None and config.lora.dropout == 1:
+        faults.append("lora.dropout is 1; nothing would be left, it must be below 1")
+    if config.lora is not None and not config.lora.target_modules:
+        faults.append("lora.target_modules is empty; name the layers that get an adapter")
     if output.peak_tflops is not None and not output.peak_tflops > 0:
         faults.append(f"output.peak_tflops is {output.peak_tflops}; it must be above 0")
-    return faults + _data_faults(config.data)
+    return faults + _data_faults(config.data) + _preference_faults(config)
 
 
-def not_there_yet(config: TrainConfig) -> list[str]:
-    """Keys whose work is not done yet: a run refuses them, rather than pass them over in silence."""
-    asked = {
-        "lora": config.lora is not None,
-        "train.lr_scale": bool(config.train.lr_scale),
-        "train.eval_every": config.train.eval_every > 0,
-        "output.resume": config.output.resume,
-    }
-    return [f"{key} is not there yet in this version; leave it out" for key, given in asked.items() if given]
+def _preference_faults(config: TrainConfig) -> list[str]:
+    preference, data, faults = config.preference, config.data, []
+    if preference is None:
+        return []
+    if not 0 < preference.beta < math.inf:
+        faults.append(f"preference.beta is {preference.beta}; it must be above 0")
+    if preference.label_smoothing and preference.loss != "dpo":
+        faults.append(f"preference.label_smoothing belongs to the loss dpo, not to {preference.loss}; leave it out")
+    if data.truncate in ("trim_text", "drop_turns"):
+        faults.append(f"data.truncate is {data.truncate}; answers of a pair are not cut: take error or drop")
+    if data.train_on_prompt:
+        faults.append("data.train_on_prompt means nothing with preference: the answers alone are compared")
+    if config.train.loss != "token":
+        faults.append(f"train.loss is {config.train.loss}; with preference the loss is a mean over pairs: leave it out")
+    if config.lora and config.lora.dropout:
+        faults.append(
+            "lora.dropout must be 0 with preference: pairs are weighed by a pass of their own, of the same model"
+        )
+    if data.pack_length is not None and data.seq_length <= data.pack_length < 2 * data.seq_length:
+        faults.append(
+            f"data.pack_length {data.pack_length} is below twice data.seq_length {data.seq_length}: a row must hold any"
+            " pair"
+        )
+    return faults
 
 
 def _data_faults(data: DataConfig) -> list[str]:

@@ -26,7 +26,7 @@ class DataConfig:
     """Which data.
 
     Args:
-        path: messages JSON, made by ``mm-datafmt convert``.
+        path: messages JSON, made by ``mm-datafmt convert``; with ``preference`` pairs as LLaMA-Factory or TRL has them.
         dataset_dir: folder that image paths are relative to; default: the folder of `path`.
         seq_length: longest sample in tokens; see `truncate`.
         truncate: what happens to a longer one; pictures always stay whole. ``error``: it is a bad record, see
@@ -42,10 +42,13 @@ class DataConfig:
         video_min_pixels: smallest frame in pixels; default: what the model folder says of pictures.
         video_max_pixels: largest frame in pixels.
         max_samples: use only the first N records.
+        eval_path: held-out records that ``train.eval_every`` asks about, as in `path`; their pictures are relative to
+            `dataset_dir` too, default: the folder of this file.
+        eval_samples: how many of them, evenly over the file; 0: all. They stay in memory with their pixels.
         mask_history: only the last answer of a record carries loss.
         train_on_prompt: every token carries loss.
         packing: lay several records into one row; each attends to itself alone, and no token is padding.
-        pack_length: longest row in tokens; default: `seq_length`.
+        pack_length: longest row in tokens; default: `seq_length`, with ``preference`` twice that.
         on_bad: ``error``: a record that can't be used ends the run, before the first step where possible; ``skip``:
             it is left out and written to bad.jsonl.
         max_bad_ratio: with ``skip``, the largest share of bad records before the run ends all the same.
@@ -70,6 +73,8 @@ class DataConfig:
     video_min_pixels: int | None = None
     video_max_pixels: int = 65536
     max_samples: int | None = None
+    eval_path: Path | None = None
+    eval_samples: int = 64
     mask_history: bool = False
     train_on_prompt: bool = False
     packing: bool = False
@@ -90,8 +95,8 @@ class OptimizationConfig:
     Args:
         steps: optimizer steps; or give `epochs`, and it is worked out from the number of records.
         epochs: how often every record is seen, rounded up to whole steps; a fraction is allowed.
-        global_batch_size: samples a step, over all ranks.
-        micro_batch_size: samples a forward pass.
+        global_batch_size: samples a step, over all ranks; with ``preference`` pairs.
+        micro_batch_size: samples a forward pass; with ``preference`` pairs.
         lr: peak learning rate.
         min_lr: learning rate that the cosine ends at.
         warmup_fraction: share of the steps in which the learning rate rises linearly from 0.
@@ -110,7 +115,10 @@ class OptimizationConfig:
         freeze: patterns of weights that are not trained, over the published names: ``visual.*``; ``*`` matches dots
             too.
         lr_scale: factors of the learning rate by pattern; where several match, the last counts.
-        eval_every: steps between evaluations during the run; 0 is none.
+        eval_every: steps between evaluations during the run, one more follows the last step; 0 is none. The model as it
+            stands answers records of ``data.eval_path``; ``evals/`` holds the answers, the score and the loss.
+        eval_max_new_tokens: longest answer then, in tokens; each costs a forward pass of all of them.
+        eval_metric: how answers are judged: ``exact`` match, ``anls`` (DocVQA), ``relaxed`` (ChartQA), ``choice``.
         on_nan: what to do at a loss or gradient norm that is no number, or a spike. ``stop``: end the run before the
             weights are touched; ``skip``: leave this step's weights as they were. ``anomalies.jsonl`` names the
             samples.
@@ -137,6 +145,8 @@ class OptimizationConfig:
     freeze: tuple[str, ...] = ()
     lr_scale: Mapping[str, float] = field(default_factory=dict)
     eval_every: int = 0
+    eval_max_new_tokens: int = 16
+    eval_metric: Literal["exact", "anls", "relaxed", "choice"] = "exact"
     on_nan: Literal["stop", "skip"] = "stop"
     spike_factor: float = 0.0
 
@@ -149,13 +159,40 @@ class LoraConfig:
         r: rank.
         alpha: the adapter's output is scaled by ``alpha / r``.
         dropout: probability of zeroing an input of the adapter.
-        target_modules: the linear layers that get one: patterns over the published names, or the last part of one.
+        target_modules: the linear layers that get one: patterns over the published names, ``*`` matches dots too; or
+            the last part of a name, which means the language model's layers: the vision tower's are taken by patterns
+            that name it, ``visual.*``.
+        load: PEFT's folder of an adapter to go on from; its rank, alpha and layers must be those given here.
     """
 
     r: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    load: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceConfig:
+    """Learn from pairs of answers, a better and a worse one; ``preference: dpo`` is short for ``{loss: dpo}``.
+
+    With h the log-probability of the chosen answer less that of the rejected one, less the same of the reference
+    model, which is the model before the first step:
+
+    Args:
+        loss: ``dpo``: ``-log sigmoid(beta h)`` (arXiv 2305.18290); ``hinge``: ``max(0, 1 - beta h)`` (arXiv
+            2305.10425); ``ipo``: ``(h - 1 / (2 beta))**2`` (arXiv 2310.12036), of log-probabilities a token.
+        beta: how strongly the model is held to the reference.
+        label_smoothing: with ``dpo``, the share of pairs that are thought to be the wrong way round.
+        sft_weight: weight of a second loss, the chosen answer's mean over its tokens (arXiv 2404.19733's alpha).
+        reference_free: there is no reference model.
+    """
+
+    loss: Literal["dpo", "ipo", "hinge"] = "dpo"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    sft_weight: float = 0.0
+    reference_free: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,13 +224,15 @@ class OutputConfig:
     Args:
         dir: folder of the run: config.yaml, metrics.jsonl, anomalies.jsonl, checkpoint/.
         overwrite: replace a finished run.
-        save_every: steps between checkpoints of the weights; 0: only at the end. Also called ``save_interval``.
-        keep_last: newest checkpoints that stay; 0: all.
+        save_every: steps between checkpoints; 0: only at the end. Also called ``save_interval``.
+        async_save: checkpoints are written beside training, which only waits for copies in memory.
+        keep_last: newest checkpoints that stay; 0: all, or with `keep_best` one.
+        keep_best: best checkpoints that stay too: by the evaluation at their step, or where the run has none
+            (``eval_every``), by the mean loss of the last 50 steps.
         resume: go on from the newest checkpoint of `dir`, where there is one.
-        no_load_optim: take only the weights of a checkpoint: the optimizer starts anew. Checkpoints hold nothing else
-            yet, so this and the three below change nothing.
+        no_load_optim: take only the weights of a checkpoint: the optimizer starts anew.
         no_load_rng: don't take the random state of a checkpoint.
-        no_save_optim: checkpoints without the optimizer's state.
+        no_save_optim: checkpoints without the optimizer's state. Resuming then needs `no_load_optim`.
         no_save_rng: checkpoints without the random state.
         log_format: ``plain``, or ``megatron``: the line that scripts for Megatron's log read.
         log_every: steps between lines; default: every step for ``megatron``, else one line in two seconds.
@@ -207,7 +246,9 @@ class OutputConfig:
     dir: Path
     overwrite: bool = False
     save_every: int = 0
+    async_save: bool = True
     keep_last: int = 0
+    keep_best: int = 0
     resume: bool = False
     no_load_optim: bool = False
     no_load_rng: bool = False

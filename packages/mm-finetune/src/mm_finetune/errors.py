@@ -7,7 +7,9 @@
     ├── DataError          (ValueError)       a record or a picture
     ├── CheckpointError    (ValueError)       a checkpoint that does not fit the run
     ├── AnomalyError       (ArithmeticError)  a loss or a gradient that ends the run
-    └── OutputExistsError  (FileExistsError)  a target that is there already
+    ├── OutputExistsError  (FileExistsError)  a target that is there already
+    ├── LostProcessError   (ConnectionError)  another process of the run is gone
+    └── StoppedError       (InterruptedError) a signal asked for an end, and everything is saved
 
 Every message says what was given, what is legal and what to do.
 """
@@ -37,3 +39,11 @@ class AnomalyError(FinetuneError, ArithmeticError):
 
 class OutputExistsError(FinetuneError, FileExistsError):
     """The target exists; nothing is overwritten without being told to."""
+
+
+class LostProcessError(FinetuneError, ConnectionError):
+    """Another process of the run has ended, and this one can't go on without it."""
+
+
+class StoppedError(FinetuneError, InterruptedError):
+    """SIGTERM or SIGUSR1 asked the run to save and end; raised on every rank alike."""

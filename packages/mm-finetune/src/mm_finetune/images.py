@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import struct
 import zlib
@@ -171,13 +172,17 @@ def image_size(path: Path) -> tuple[int, int]:
         return size
 
 
-def read_rgb(path: Path) -> Image:
-    """Open a picture file as RGB.
+def read_rgb(path: Path, content: bytes | None = None) -> Image:
+    """Read a picture as RGB.
+
+    Args:
+        path: the file, or with `content` what messages call it.
+        content: the bytes of a picture that is in no file of its own.
 
     Raises:
         DataError: names the picture that is missing or damaged.
     """
-    with opened(path) as picture:
+    with opened(path, content) as picture:
         try:
             rgb: Image = picture.convert("RGB")
             return rgb
@@ -185,8 +190,8 @@ def read_rgb(path: Path) -> Image:
             raise _unreadable(path, error) from error
 
 
-def opened(path: Path) -> Image:
-    """Open a picture file; its pixels are not read yet.
+def opened(path: Path, content: bytes | None = None) -> Image:
+    """Open a picture; its pixels are not read yet. The arguments are those of :func:`read_rgb`.
 
     Raises:
         DataError: names the picture that is missing or damaged.
@@ -194,7 +199,7 @@ def opened(path: Path) -> Image:
     from PIL import Image
 
     try:
-        return Image.open(path)
+        return Image.open(path if content is None else io.BytesIO(content))
     except _faults() as error:
         raise _unreadable(path, error) from error
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from mm_finetune.answers import Answer, Group
 from mm_finetune.attachments import attachments
 from mm_finetune.curve import curve
+from mm_finetune.evaluation.answers import Answer, Group
+from mm_finetune.evaluation.metrics import TITLES
 from mm_finetune.images import read_rgb
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def page(report: Report) -> str:
     """
     sections = (
         _header(report),
-        _accuracy(report.stages),
+        _accuracy(report.stages, report.during),
         _training(report),
         _anomalies(report.anomalies),
         attachments(report.attached),
@@ -122,34 +123,42 @@ def _header(report: Report) -> str:
     return f'<header><h1>Fine-tuning report</h1><p class="soft">{models}</p></header>'
 
 
-def _accuracy(stages: Sequence[Stage]) -> str:
+def _accuracy(stages: Sequence[Stage], during: Sequence[Stage]) -> str:
     if not stages:
         return ""
     first, last = stages[0], stages[-1]
+    metric = last.evaluation.metric
     new = last.evaluation.groups
     names = sorted(new, key=lambda name: -new[name].count)[:MAX_GROUPS]
     more = len(new) - len(names)
-    rest = f'<p class="soft">… and {more:,} other questions.</p>' if more else ""
+    rest = f'<p class="soft">… and {more:,} others.</p>' if more else ""
     ends = [first, last] if first is not last else [last]
     old = f'<b class="old">{first.evaluation.accuracy:.1%}</b><span aria-hidden="true">→</span>'
     return (
-        '<h2>Exactly right answers</h2><section class="panel"><div class="headline">'
+        f'<h2>{escape(TITLES.get(metric, metric))}</h2><section class="panel"><div class="headline">'
         f"{old if first is not last else ''}"
         f'<b class="new">{last.evaluation.accuracy:.1%}</b>'
         f'<span class="soft">{" → ".join(stage.label for stage in ends)},'
         f" of {len(last.evaluation.answers):,} records</span></div>"
-        + _over_time(stages)
+        + _over_time(during)
         + "".join(_group(name, ends) for name in names)
         + f'{rest}<p class="soft">In brackets: 95 % interval (Wilson).</p></section>'
     )
 
 
-def _over_time(stages: Sequence[Stage]) -> str:
-    points = [(stage.step, stage.evaluation.accuracy) for stage in stages if stage.step is not None]
-    if len(points) < 2:
-        return ""
-    drawn = curve([step for step, _ in points], [share for _, share in points], label="Share of right answers")
-    return f'<figure class="small">{drawn}<figcaption class="soft">Share of right answers</figcaption></figure>'
+def _over_time(during: Sequence[Stage]) -> str:
+    """Score and loss of the evaluations in the middle of the run."""
+    steps = [stage.step or 0 for stage in during]
+    scores = [stage.evaluation.accuracy for stage in during]
+    losses = [math.nan if stage.evaluation.loss is None else stage.evaluation.loss for stage in during]
+    exact = bool(during) and during[-1].evaluation.metric == "exact"
+    drawn = [("Share of right answers" if exact else "Score", scores), ("Loss of the right answers", losses)]
+    figures = "".join(
+        f'<figure class="small">{curve(steps, values, label=name)}<figcaption class="soft">{name}</figcaption></figure>'
+        for name, values in drawn
+        if len(steps) > 1 and all(map(math.isfinite, values))
+    )
+    return f'<div class="columns">{figures}</div>' if figures else ""
 
 
 def _group(name: str, ends: Sequence[Stage]) -> str:

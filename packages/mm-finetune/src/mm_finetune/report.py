@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mm_finetune.answers import Answer, Evaluation
 from mm_finetune.errors import DataError
+from mm_finetune.evaluation.answers import Answer, Evaluation
 from mm_finetune.output import require_free_file, write_file
 from mm_finetune.page import page
 
@@ -74,6 +74,7 @@ class Report:
         settings: ``config.yaml``: sections with keys.
         anomalies: the lines of ``anomalies.jsonl``: steps that were refused.
         stages: evaluations of the same records, in order; there may be none.
+        during: those of the middle of the run; they are of fewer records where they are no stages.
         wrong: some questions that are answered wrongly in the end.
         sample: some of all questions, every group of questions as often.
         attached: pictures and videos of other commands.
@@ -83,6 +84,7 @@ class Report:
     settings: dict[str, dict[str, Any]]
     anomalies: Sequence[dict[str, Any]] = ()
     stages: Sequence[Stage] = ()
+    during: Sequence[Stage] = ()
     wrong: Sequence[Case] = ()
     sample: Sequence[Case] = ()
     attached: Sequence[Path] = ()
@@ -123,12 +125,13 @@ def collect(run: Path, *, before: Path | None = None, after: Path | None = None)
     """Read all inputs of a page. The errors are those of :func:`write_report`."""
     metrics, settings = read_metrics(run / "metrics.jsonl"), _settings(run / "config.yaml")
     anomalies = [value for _, value in _json_lines(run / "anomalies.jsonl")]
-    stages = _stages(run, before, after)
+    stages, during = _stages(run, before, after)
     cases = [Case(answers) for answers in zip(*(stage.evaluation.answers for stage in stages), strict=True)]
     wrong = _spread([case for case in cases if not case.last.correct], MAX_WRONG)
     sample = _spread(cases, MAX_SHOWN - len(wrong), without=wrong)
     return Report(
-        metrics=metrics, settings=settings, anomalies=anomalies, stages=stages, wrong=wrong, sample=sample
+        metrics=metrics, settings=settings, anomalies=anomalies, stages=stages, during=during, wrong=wrong,
+        sample=sample,
     )  # fmt: skip
 
 
@@ -137,24 +140,40 @@ def eval_path(run: Path, step: int) -> Path:
     return run / "evals" / f"step_{step:07d}.json"
 
 
-def _stages(run: Path, before: Path | None, after: Path | None) -> list[Stage]:
-    found: list[tuple[str, int | None, Path]] = [("before", None, before)] if before else []
+def _stages(run: Path, before: Path | None, after: Path | None) -> tuple[list[Stage], list[Stage]]:
+    """What is compared, and what the run itself found: the same evaluations, or a part of the records alone."""
+    middle: list[tuple[str, int | None, Path]] = []
     for path in sorted((run / "evals").glob("step_*.json")):
         step = path.stem.removeprefix("step_")
         if step.isdecimal():
-            found.append((f"step {int(step)}", int(step), path))
-    found += [("after", None, after)] if after else []
-    stages = [Stage(label=label, step=n, evaluation=Evaluation.load(_present(path))) for label, n, path in found]
-    for (_, _, path), stage in zip(found, stages, strict=True):
+            middle.append((f"step {int(step)}", int(step), path))
+    during = _loaded(middle)
+    first = _loaded([("before", None, before)] if before else [])
+    last = _loaded([("after", None, after)] if after else [])
+    _require_alike([*first, *last], [path for path in (before, after) if path])
+    _require_alike(during, [path for _, _, path in middle])
+    ends = [*first, *last]
+    if ends and during and _records(ends[0]) != _records(during[0]):
+        return ends, during
+    return [*first, *during, *last], during
+
+
+def _loaded(found: Sequence[tuple[str, int | None, Path]]) -> list[Stage]:
+    return [Stage(label=label, step=step, evaluation=Evaluation.load(_present(path))) for label, step, path in found]
+
+
+def _require_alike(stages: Sequence[Stage], paths: Sequence[Path]) -> None:
+    for path, stage in zip(paths, stages, strict=True):
         if _records(stage) != _records(stages[0]):
             raise DataError(
-                f"{found[0][2]} and {path} are answers to different records; evaluate both on the same --data"
+                f"{paths[0]} and {path} are answers to different records; evaluate both on the same --data, with the"
+                " same --metric"
             )
-    return stages
 
 
-def _records(stage: Stage) -> list[tuple[str | None, str]]:
-    return [(answer.image, answer.question) for answer in stage.evaluation.answers]
+def _records(stage: Stage) -> list[tuple[object, ...]]:
+    evaluation = stage.evaluation
+    return [(evaluation.metric, answer.image, answer.question, answer.groups) for answer in evaluation.answers]
 
 
 def read_metrics(path: Path) -> Metrics:

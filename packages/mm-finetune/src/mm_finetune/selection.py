@@ -45,6 +45,32 @@ def common_rate(name: str, parts: Iterable[str], rates: Mapping[str, float]) -> 
     return next(iter(found.values()))
 
 
+def adapted_layers(shapes: Mapping[str, Sequence[int]], patterns: Sequence[str]) -> list[str]:
+    """The linear layers that get an adapter, by their published names without ``.weight``.
+
+    Args:
+        shapes: every weight of the whole model. Embedding and output layer are not adapted.
+        patterns: over the layers' names, ``*`` matches dots too; or the last part of one, which then means the language
+            model's: the vision tower's are taken by patterns that name it, ``visual.*``.
+
+    Raises:
+        ConfigError: a pattern matches no linear layer.
+    """
+    linear = [
+        name.removesuffix(".weight")
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and len(shape) == 2 and not name.startswith(_NOT_ADAPTED)
+    ]
+    chosen: dict[str, list[str]] = {pattern: [n for n in linear if _is_meant(n, pattern)] for pattern in patterns}
+    faults = [pattern for pattern, names in chosen.items() if not names]
+    if faults:
+        parts = sorted({_without_numbers(name) for name in linear})
+        raise ConfigError(
+            f"lora.target_modules: {', '.join(map(repr, faults))} matches no linear layer; there are {', '.join(parts)}"
+        )
+    return [name for name in linear if any(name in names for names in chosen.values())]
+
+
 def trainable_table(sizes: Mapping[str, int], rates: Mapping[str, float]) -> str:
     """What trains, by module.
 
@@ -59,6 +85,20 @@ def trainable_table(sizes: Mapping[str, int], rates: Mapping[str, float]) -> str
     rows = [f"{module:{width}}  {size:>15,}  {_words(rate)}" for (module, rate), size in groups.items()]
     total, trained = sum(sizes.values()), sum(size for name, size in sizes.items() if rates[name])
     return "\n".join([*rows, f"{'all':{width}}  {total:>15,}  {trained:,} trained ({trained / total:.1%})"])
+
+
+_NOT_ADAPTED = ("model.embed_tokens.", "lm_head.")
+
+
+def _is_meant(layer: str, pattern: str) -> bool:
+    if any(sign in pattern for sign in ".*?["):
+        return fnmatchcase(layer, pattern)
+    return layer.startswith("model.") and layer.rpartition(".")[2] == pattern
+
+
+def _without_numbers(name: str) -> str:
+    """``visual.blocks.*.attn.qkv``."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _require_matches(names: Sequence[str], patterns: Mapping[str, Sequence[str]]) -> None:

@@ -47,11 +47,13 @@ class Encoded:
         input_ids: the tokens.
         labels: as long as `input_ids`: -100, or the token itself where it carries loss. Not shifted.
         weights: as long as `input_ids`: the weight of the label in the loss, 0 where it is -100.
+        lengths: of the conversations that the record is made of, one behind the other; empty: it is one.
     """
 
     input_ids: list[int]
     labels: list[int]
     weights: list[float]
+    lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

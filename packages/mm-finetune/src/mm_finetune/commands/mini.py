@@ -13,6 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of weights and data (default: 0)")
     parser.add_argument("--digits", type=int, metavar="N", help="handwritten digits to train on (default: all)")
     parser.add_argument("--heldout_digits", type=int, default=300, metavar="N", help="and to hold out (default: 300)")
+    parser.add_argument("--family", default="qwen2_5_vl", help="model: qwen2_5_vl or qwen2_vl (default: qwen2_5_vl)")
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that this command made")
 
 
@@ -28,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         digits=args.digits,
         heldout_digits=args.heldout_digits,
+        family=args.family,
         overwrite=args.overwrite,
         progress=True,
     )

@@ -34,5 +34,6 @@ def run(args: argparse.Namespace) -> int:
     )
     shares = [f"{stage.evaluation.accuracy:.1%}" for stage in report.stages]
     words = " -> ".join(dict.fromkeys([shares[0], shares[-1]])) if shares else ""
-    sys.stdout.write(f"exactly right: {words}; page: {output}\n" if words else f"page: {output}\n")
+    what = "exactly right" if not shares or report.stages[-1].evaluation.metric == "exact" else "score"
+    sys.stdout.write(f"{what}: {words}; page: {output}\n" if words else f"page: {output}\n")
     return 0

@@ -10,6 +10,10 @@ from pathlib import Path
 # The first process that fails makes torchrun end the others: rank 0 must be it, or its words are never said.
 WAITS_SECONDS = 15
 
+# What a shell says of a process that SIGTERM ended.
+STOPPED = 128 + 15
+LOST = 3
+
 # Megatron's names of what the configuration has too; `--flag [value]` is `key=value`.
 SWITCHES = {
     "--no-load-optim": "output.no_load_optim",
@@ -47,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     All checks give the same result on every process; rank 0 alone reports them.
     """
     from mm_finetune.config import load_config
-    from mm_finetune.errors import AnomalyError, FinetuneError
+    from mm_finetune.errors import FinetuneError, LostProcessError, StoppedError
     from mm_finetune.launch import process_rank
 
     rank, world_size = process_rank()
@@ -60,19 +64,25 @@ def run(args: argparse.Namespace) -> int:
 
         prepared = prepare(config, world_size=world_size)
     except (FinetuneError, OSError) as error:
-        return _leave_it_to_the_first(rank, error)
+        return leave_it_to_the_first(rank, error)
     from mm_finetune.training import train
 
     try:
         folder = train(prepared)
-    except AnomalyError as error:
-        return _leave_it_to_the_first(rank, error)
+    except StoppedError:
+        return STOPPED
+    except LostProcessError as error:
+        # Each tells it: the one that is lost may be the first.
+        sys.stderr.write(f"mm-finetune: error: process {rank}: {error}\n")
+        return LOST
+    except FinetuneError as error:
+        return leave_it_to_the_first(rank, error)
     if rank == 0:
         sys.stdout.write(f"checkpoint: {folder}\n")
     return 0
 
 
-def _leave_it_to_the_first(rank: int, error: Exception) -> int:
+def leave_it_to_the_first(rank: int, error: Exception) -> int:
     """Of an error that every rank has: the first one tells it, the others wait until it has."""
     if rank == 0:
         raise error

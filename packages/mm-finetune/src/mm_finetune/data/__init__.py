@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from mm_finetune.data.batches import Batch, EncodedSample, collate
 from mm_finetune.data.dataset import Dataset
+from mm_finetune.data.encoder import Encoder
 from mm_finetune.data.exchange import Alone, Exchange, Processes
 from mm_finetune.data.faults import BadRecords, Fault
 from mm_finetune.data.lengths import Index
@@ -22,6 +23,7 @@ from mm_finetune.data.packing import CostModel, Layout
 
 __all__ = [
     "Dataset",
+    "Encoder",
     "Loader",
     "LoaderSettings",
     "StepData",

@@ -29,6 +29,8 @@ class EncodedSample:
         videos: its videos, or None; the same.
         weights: ``[tokens]`` float32: what each label weighs; default: 1.
         number: the record's number, -1 for none.
+        lengths: of the sequences that the record is made of, one behind the other, each with all pictures; empty: it
+            is one.
     """
 
     input_ids: Tensor
@@ -38,6 +40,19 @@ class EncodedSample:
     videos: VideoInputs | None = None
     weights: Tensor | None = None
     number: int = -1
+    lengths: tuple[int, ...] = ()
+
+    def sequences(self) -> list[EncodedSample]:
+        """The sequences of the record, each by itself."""
+        if not self.lengths:
+            return [self]
+        ids, labels = self.input_ids.split(self.lengths), self.labels.split(self.lengths)
+        positions = self.positions.split(self.lengths, dim=1)
+        weights = [None] * len(ids) if self.weights is None else self.weights.split(self.lengths)
+        return [
+            replace(self, input_ids=i, labels=la, positions=p, weights=w, lengths=())
+            for i, la, p, w in zip(ids, labels, positions, weights, strict=True)
+        ]
 
     def silenced(self) -> EncodedSample:
         """The same without loss."""
@@ -60,7 +75,7 @@ class Batch:
             A token attends to its own sample alone.
         pixel_values_videos: ``[patches, 1176]`` float32 of all videos, or None as above.
         video_grid_thw: ``[videos, 3]`` int64, or None for no videos.
-        numbers: the records that the batch is made of, in the order of the rows.
+        numbers: the record of each sequence, in the order of the rows; a record of several stands there as often.
     """
 
     input_ids: Tensor
@@ -89,9 +104,10 @@ def collate(samples: Sequence[EncodedSample], *, packed: bool = False) -> Batch:
     """Lay samples into a micro-batch and shift their labels by one.
 
     Args:
-        samples: at least one.
+        samples: at least one; the sequences of a record stay beside each other.
         packed: one behind the other in one row, instead of one below the other.
     """
+    samples = [sequence for sample in samples for sequence in sample.sequences()]
     ids = [sample.input_ids for sample in samples]
     labels = [_next(sample.labels, IGNORE) for sample in samples]
     weights = [_next(torch.ones(len(s.labels)) if s.weights is None else s.weights, 0.0) for s in samples]

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mm_datafmt import DataFormatError, Sample, read
+from mm_datafmt import DataFormatError, Sample
 from mm_finetune.config import DataConfig
 from mm_finetune.data.batches import EncodedSample
 from mm_finetune.data.encoder import Encoder
@@ -31,17 +31,18 @@ class Dataset:
     Args:
         config: path, limits, rules, policies.
         hf_dir: the model folder: tokenizer and image processor.
+        kind: what reads and encodes a record.
 
     Raises:
         DataError: no record, or not a data set.
         ConfigError: no model in `hf_dir`.
     """
 
-    def __init__(self, config: DataConfig, hf_dir: Path) -> None:
+    def __init__(self, config: DataConfig, hf_dir: Path, *, kind: type[Encoder] = Encoder) -> None:
         self.config = config
-        self.encoder = Encoder(config, hf_dir)
+        self.encoder = kind(config, hf_dir)
         try:
-            self.samples: list[Sample] = list(islice(read(config.path), config.max_samples))
+            self.samples: list[Sample] = list(islice(self.encoder.records(), config.max_samples))
         except DataFormatError as error:
             raise DataError(f"{error}; make the file with mm-datafmt convert") from error
         if not self.samples:

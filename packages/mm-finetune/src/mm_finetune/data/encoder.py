@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mm_datafmt import Sample
+from mm_datafmt import Sample, read
 from mm_finetune.config import DataConfig
 from mm_finetune.data.batches import EncodedSample
 from mm_finetune.data.truncation import Shortened, shorten
@@ -64,6 +65,14 @@ class Encoder:
         self.hf_config: Any = AutoConfig.from_pretrained(hf_dir, local_files_only=True)
         self.patch_width = self.images.patch_width
         self._merged = self.images.merge_size**2
+
+    def records(self) -> Iterator[Sample]:
+        """The records of the data set.
+
+        Raises:
+            DataFormatError: it is none that mm-datafmt knows.
+        """
+        return read(self.config.path)
 
     def fingerprint(self) -> str:
         """Digest of all that the length of a record depends on, besides the record."""
@@ -131,14 +140,18 @@ class Encoder:
         pieces = self.segments(sample)
         short, encoded = self.conversation(pieces, self.tokenize([piece.text for piece in pieces]), media)
         grids = media.images[: short.images], media.videos[: short.videos]
+        seconds = media.second_per_grid[: short.videos]
+        ends = [*accumulate(encoded.lengths, initial=0)] if encoded.lengths else [0, len(encoded.input_ids)]
+        positions = [self._positions(encoded.input_ids[a:b], *grids, seconds) for a, b in pairwise(ends)]
         return EncodedSample(
             input_ids=torch.tensor(encoded.input_ids),
             labels=torch.tensor(encoded.labels),
-            positions=self._positions(encoded.input_ids, *grids, media.second_per_grid[: short.videos]),
+            positions=torch.cat(positions, dim=1),
             images=self._images(sample, grids[0], pixels) if grids[0] else None,
             videos=self._videos(sample, grids[1], media, pixels) if grids[1] else None,
             weights=torch.tensor(encoded.weights) if set(encoded.weights) - {0.0, 1.0} else None,
             number=number,
+            lengths=encoded.lengths,
         )
 
     def _tokens(self, grids: Sequence[Grid]) -> list[int]:
@@ -148,6 +161,8 @@ class Encoder:
         self, input_ids: Sequence[int], images: Sequence[Grid], videos: Sequence[Grid], seconds: Sequence[float]
     ) -> Tensor:
         config = self.hf_config
+        # Qwen2-VL knows no seconds: each step of a video's grid is one step in time.
+        rate = getattr(config.vision_config, "tokens_per_second", None)
         return mrope_positions(
             input_ids,
             _grids(images),
@@ -155,8 +170,8 @@ class Encoder:
             merge_size=self.images.merge_size,
             video_grid_thw=_grids(videos),
             video_token_id=config.video_token_id,
-            second_per_grid_ts=seconds,
-            tokens_per_second=getattr(config.vision_config, "tokens_per_second", 1),
+            second_per_grid_ts=[1.0] * len(seconds) if rate is None else seconds,
+            tokens_per_second=1 if rate is None else rate,
         )
 
     def _images(self, sample: Sample, grids: Sequence[Grid], pixels: bool) -> ImageInputs:

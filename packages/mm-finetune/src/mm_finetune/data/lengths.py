@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
-import tempfile
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mm_datafmt import Sample
+from mm_finetune.config import DataConfig
+from mm_finetune.data.cache import cache_file, load_arrays, one_at_a_time, save_arrays
 from mm_finetune.data.encoder import Encoder, Grid, Media
 from mm_finetune.data.faults import Fault
 from mm_finetune.errors import DataError
@@ -36,7 +35,6 @@ ARRAYS = (
 )  # fmt: skip
 T = TypeVar("T")
 S = TypeVar("S")
-logger = logging.getLogger(__name__)
 
 
 NO_MEDIA = Media()
@@ -123,8 +121,15 @@ def build_index(encoder: Encoder, samples: Sequence[Sample], *, progress: bool =
         samples: the records of ``encoder.config.path``.
         progress: show a bar on a terminal.
     """
-    file = _cache_file(encoder)
+    file = cache_file(encoder, "lengths", VERSION)
     marks = np.array(list(_mapped(lambda s: _mark(encoder, s), samples, "files", progress)), dtype=np.uint64)
+    with one_at_a_time(file, encoder.config.path):
+        return _looked(encoder, samples, marks, file, progress)
+
+
+def _looked(
+    encoder: Encoder, samples: Sequence[Sample], marks: NDArray[np.uint64], file: Path, progress: bool
+) -> Index:
     known = _load(file, len(samples))
     if known is None:
         stale: Sequence[int] = range(len(samples))
@@ -179,7 +184,7 @@ def _measured(encoder: Encoder, pieces: list[Segment], ids: list[list[int]], med
     if not short.turns:
         if config.truncate == "drop":
             return Row(cut=True, media=media)
-        return Row(cut=True, media=media, fault=("too_long", _too_long(encoder, ids, media)))
+        return Row(cut=True, media=media, fault=("too_long", _too_long(config, short.length)))
     # The first token is predicted by nothing.
     weights = encoded.weights[1:]
     weighed = len(weights) - weights.count(0.0)
@@ -191,13 +196,9 @@ def _measured(encoder: Encoder, pieces: list[Segment], ids: list[list[int]], med
     return Row(len(encoded.input_ids), weighed, patches, largest, short.cut, media)
 
 
-def _too_long(encoder: Encoder, ids: list[list[int]], media: Media) -> str:
-    merged = encoder.images.merge_size**2
-    pictures = [*media.images, *media.videos]
-    # Each picture stands as one token until it is filled in.
-    length = sum(map(len, ids)) + sum(t * h * w // merged - 1 for t, h, w in pictures)
+def _too_long(config: DataConfig, length: int) -> str:
     return (
-        f"it has {length} tokens, data.seq_length is {encoder.config.seq_length};"
+        f"it has {length} tokens, data.seq_length is {config.seq_length};"
         " raise it, lower data.max_pixels, or choose another data.truncate"
     )
 
@@ -260,36 +261,18 @@ def _mapped(function: Callable[[S], T], items: Sequence[S], unit: str, progress:
         bar.close()
 
 
-def _cache_file(encoder: Encoder) -> Path:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = encoder.config.cache_dir or home / "mm-finetune"
-    content = hashlib.sha256()
-    with encoder.config.path.open("rb") as data:
-        while block := data.read(1 << 20):
-            content.update(block)
-    parts = (VERSION, content.hexdigest(), encoder.fingerprint(), encoder.config.max_samples)
-    return folder / f"lengths-{hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()}.npz"
-
-
 def _load(file: Path, count: int) -> Index | None:
     """What was saved, or None: nothing, or not a whole file of this number of records."""
-    try:
-        # Opened here: numpy does not close what it can't read.
-        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in ARRAYS}
-            faults = tuple(Fault(*row) for row in json.loads(stored["faults"].tobytes()))
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+    arrays = load_arrays(file, [*ARRAYS, "faults"], count)
+    if arrays is None:
         return None
-    return Index(**arrays, faults=faults) if len(arrays["tokens"]) == count else None
+    try:
+        faults = tuple(Fault(*row) for row in json.loads(arrays.pop("faults").tobytes()))
+    except (ValueError, TypeError):
+        return None
+    return Index(**arrays, faults=faults)
 
 
 def _save(index: Index, file: Path) -> None:
-    """Under a name of its own first: several processes may do this at once."""
     faults = np.frombuffer(json.dumps(index.faults).encode(), dtype=np.uint8)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".npz.part", delete=False) as part:
-            np.savez(part, faults=faults, **{name: getattr(index, name) for name in ARRAYS})
-        Path(part.name).replace(file)
-    except OSError as error:
-        logger.warning("lengths are not remembered: %s can't be written: %s", file, error.strerror)
+    save_arrays(file, {**{name: getattr(index, name) for name in ARRAYS}, "faults": faults})

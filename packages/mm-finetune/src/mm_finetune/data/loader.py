@@ -13,9 +13,11 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mm_finetune.data.batches import Batch, EncodedSample, collate
 from mm_finetune.data.dataset import MIB, Dataset
@@ -35,14 +37,14 @@ class LoaderSettings:
 
     Attributes:
         global_batch_size: samples a step, over all ranks.
-        seed: of the order.
+        seed: of the order; None: as the records stand.
         last_step: nothing is read ahead beyond it.
         layout: how steps are laid out over data-parallel ranks.
         rank: this process's data-parallel rank.
     """
 
     global_batch_size: int
-    seed: int = 0
+    seed: int | None = 0
     last_step: int
     layout: Layout
     rank: int = 0
@@ -86,10 +88,10 @@ class Loader:
         bad: BadRecords | None = None,
     ) -> None:
         self.dataset, self.settings = dataset, settings
-        self._exchange: Exchange = exchange or Alone()
+        self.exchange: Exchange = exchange or Alone()
         self._bad = bad or dataset.check()
         self._usable = dataset.index.usable
-        self._reads = self._exchange.pixels == "read"
+        self._reads = self.exchange.pixels == "read"
         config = dataset.config
         self._ahead: Prefetcher[EncodedSample] = Prefetcher(
             self._read, workers=config.workers, limit=config.prefetch_mib * MIB
@@ -107,7 +109,7 @@ class Loader:
         self._plan_up_to(step)
         _, numbers, rows = self._planned.popleft()
         samples, found = self._take([number for row in rows for number in row])
-        faults = self._exchange.union(found)
+        faults = self.exchange.union(found)
         self._bad.add(faults, step=step)
         bad = tuple(sorted(set(numbers) & self._bad.records))
         if len(bad) == len(set(numbers)):
@@ -116,6 +118,22 @@ class Loader:
         batches = [self._batch(row, device) for row in laid]
         waited = time.perf_counter() - began
         return StepData(batches=batches, wait_seconds=waited, numbers=numbers, bad=bad)
+
+    def in_order(self, numbers: NDArray[np.int64]) -> Loader:
+        """Another loader: of some records, as they stand, each once; the last step is filled with the first of them.
+
+        What it finds bad is bad here too. It has ``settings.last_step`` steps.
+        """
+        steps = -(-len(numbers) // self.settings.global_batch_size)
+        settings = replace(self.settings, seed=None, last_step=steps)
+        other = Loader(self.dataset, settings, exchange=self.exchange, bad=self._bad)
+        other._usable = numbers
+        return other
+
+    @property
+    def bad(self) -> BadRecords:
+        """The bad records so far."""
+        return self._bad
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -175,7 +193,7 @@ class Loader:
             batch = batch.without_pixels()
         if device is not None:
             batch = batch.to(device)
-        return self._exchange.fill(batch, self.dataset.encoder.patch_width)
+        return self.exchange.fill(batch, self.dataset.encoder.patch_width)
 
 
 def _fault(number: int, error: Exception) -> Fault:

@@ -30,15 +30,17 @@ def _permutation(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return permutation
 
 
-def step_numbers(count: int, step: int, *, global_batch_size: int, seed: int) -> list[int]:
+def step_numbers(count: int, step: int, *, global_batch_size: int, seed: int | None) -> list[int]:
     """The places of a step (from 1) in the data set, in order.
 
     Args:
         count: samples of the data set, 1 or more.
         step: number of the step, from 1.
         global_batch_size: samples a step.
-        seed: of the order.
+        seed: of the order; None: as they stand.
     """
     first = (step - 1) * global_batch_size
     places = range(first, first + global_batch_size)
+    if seed is None:
+        return [place % count for place in places]
     return [int(_permutation(count, seed, place // count)[place % count]) for place in places]

@@ -21,10 +21,12 @@ class Shortened:
     Attributes:
         turns: the turns that stay; none: the conversation can't be made to fit.
         cut: something was left out.
+        length: tokens before anything was.
     """
 
     turns: list[Turn]
     cut: bool
+    length: int
 
     @property
     def images(self) -> int:
@@ -50,10 +52,11 @@ def shorten(turns: Sequence[Turn], limit: int, how: Truncate) -> Shortened:
         how: ``drop_turns`` and ``trim_text`` as in :class:`mm_finetune.config.DataConfig`; with the others nothing is
             left of a conversation that is too long.
     """
-    if sum(_length(turn) for turn in turns) <= limit:
-        return Shortened(list(turns), cut=False)
+    length = sum(_length(turn) for turn in turns)
+    if length <= limit:
+        return Shortened(list(turns), cut=False, length=length)
     kept = {"drop_turns": _drop, "trim_text": _trim}.get(how)
-    return Shortened(kept(turns, limit) if kept else [], cut=True)
+    return Shortened(kept(turns, limit) if kept else [], cut=True, length=length)
 
 
 def allowances(source: int, answer: int, budget: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ Shape suffixes: T tokens of all sequences, N query heads, K key-value heads, D h
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -52,12 +52,10 @@ class Rows:
         """Tokens of the longest sequence."""
         return max(stop - start for start, stop in pairwise(self.bounds))
 
-    def runs(self) -> Iterator[tuple[slice, int]]:
-        """Neighbours of equal length together: their tokens, and how many they are. Empty ones are left out."""
-        for length, run in groupby(pairwise(self.bounds), key=lambda pair: pair[1] - pair[0]):
-            pairs = list(run)
-            if length:
-                yield slice(pairs[0][0], pairs[-1][1]), len(pairs)
+    def runs(self) -> list[tuple[int, int]]:
+        """Neighbours of equal length together: how long each of them is, and how many they are; no empty ones."""
+        lengths = groupby(stop - start for start, stop in pairwise(self.bounds))
+        return [(length, sum(1 for _ in run)) for length, run in lengths if length]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,9 +121,11 @@ def choose(device_type: str, shape: Shape) -> str:
 
 
 def _sdpa(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, rows: Rows, scale: float, causal: bool) -> Tensor:
-    outs = []
-    for tokens, count in rows.runs():
-        q_BNSD, k_BKSD, v_BKSD = (x[tokens].unflatten(0, (count, -1)).transpose(1, 2) for x in (q_TND, k_TKD, v_TKD))
+    runs, outs = rows.runs(), []
+    # Split, not sliced: the gradient of a slice is a tensor as large as the whole, mostly zeros, for each of them.
+    pieces = (x.split([length * count for length, count in runs]) for x in (q_TND, k_TKD, v_TKD))
+    for (_, count), *parts in zip(runs, *pieces, strict=True):
+        q_BNSD, k_BKSD, v_BKSD = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in parts)
         out_BNSD = scaled_dot_product_attention(q_BNSD, k_BKSD, v_BKSD, is_causal=causal, scale=scale, enable_gqa=True)
         outs.append(out_BNSD.transpose(1, 2).flatten(0, 1))
     return outs[0] if len(outs) == 1 else torch.cat(outs)

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 
 from mm_finetune.config import TrainConfig
+from mm_finetune.engine.lora import adapt, adapters_of
 from mm_finetune.engine.model import QwenVL
 from mm_finetune.engine.parallel import Ranks, transformer_config
-from mm_finetune.engine.weights import Checkpoint
+from mm_finetune.engine.weights import DECODER, Checkpoint
+from mm_finetune.selection import common_rate, rates_of
 
 
 def build_model(
@@ -25,13 +27,44 @@ def build_model(
         device: where the model goes.
 
     Raises:
-        ConfigError: the model does not fit the parallel sizes, or ``train.freeze`` does not fit the model.
+        ConfigError: the model does not fit the parallel sizes, or patterns of the run do not fit the model.
+        CheckpointError: the adapter that it begins with does not fit.
     """
     llm_pp_layers = sum(checkpoint.layout.llm_pp_layers, ())
     settings = transformer_config(hf_config.text_config, config.parallel, llm_pp_layers, config.train)
     model = QwenVL(settings, hf_config, ranks)
     checkpoint.load(model, ranks)
-    if config.train.freeze:
-        checkpoint.freeze(model, ranks, config.train.freeze)
+    if config.lora is not None:
+        adapt(model, checkpoint, config, ranks)
+    else:
+        set_rates(model, checkpoint, config, ranks)
     model.to(device)
     return model
+
+
+def check_patterns(checkpoint: Checkpoint, config: TrainConfig) -> None:
+    """Check what a run says of single weights, before it is built; of any rank it says the same.
+
+    Raises:
+        ConfigError: a pattern matches nothing, nothing is left, or a fused weight would train at two rates.
+        CheckpointError: ``lora.load`` does not fit.
+    """
+    if config.lora is not None:
+        adapters_of(checkpoint, config)
+        return
+    rates = rates_of(list(checkpoint.shapes), freeze=config.train.freeze, lr_scale=config.train.lr_scale)
+    for place, published in checkpoint.published().items():
+        if place.name.startswith(DECODER):
+            common_rate(place.name, published, rates)
+
+
+def set_rates(model: QwenVL, checkpoint: Checkpoint, config: TrainConfig, ranks: Ranks) -> None:
+    """Freeze what ``train.freeze`` says, give the rest its factors of the rate; :func:`check_patterns` goes first."""
+    if not config.train.freeze and not config.train.lr_scale:
+        return
+    rates = rates_of(list(checkpoint.shapes), freeze=config.train.freeze, lr_scale=config.train.lr_scale)
+    for weight in checkpoint.weights_of(model, ranks):
+        rate = common_rate(weight.path, weight.published, rates)
+        weight.parameter.requires_grad_(rate > 0)
+        # Where the optimizer looks for it.
+        weight.parameter.lr_mult = rate  # type: ignore[attr-defined]

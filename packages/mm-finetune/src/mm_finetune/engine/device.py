@@ -153,6 +153,7 @@ def _cpu_names() -> dict[str, Any]:
 
 def _device_names(module: ModuleType) -> dict[str, Any]:
     """The same names, as another accelerator's own module has them."""
+    module.init()  # before it, there are no generators
     return {name: getattr(module, name) for name in _cpu_names() if hasattr(module, name)} | {
         "_lazy_call": lambda call, **_: call()
     }

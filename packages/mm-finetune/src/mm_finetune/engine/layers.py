@@ -5,16 +5,16 @@ Shape suffixes: S tokens, B batch, H heads, D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm
 
 from mm_finetune.engine.attention import Rows, packed_attention
+from mm_finetune.engine.pointwise import rms_norm, rotate
 
 
 class RMSNorm(nn.Module):
@@ -32,37 +32,53 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Any shape whose last dimension is the hidden size."""
-        norm = NORMS.get(hidden_states.device.type, _torch_rms_norm)
-        return norm(hidden_states, self.weight, self.eps)
-
-
-def _torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return rms_norm(x, weight.shape, weight, eps)
-
-
-def _npu_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The vendor's operator; it also gives the reciprocal root, which only its backward pass needs."""
-    out: Tensor = torch.ops.npu.npu_rms_norm(x, weight, eps)[0]
-    return out
-
-
-NORMS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"npu": _npu_rms_norm}
+        return rms_norm(hidden_states, self.weight, self.eps)
 
 
 @dataclass
 class PackedRow(PackedSeqParams):
-    """Where a packed row's samples are, on its way through Megatron's layers.
+    """What attention needs to know of a micro-batch, on its way through Megatron's layers.
 
     Megatron is told that rows are ordinary (``sbhd``): its own ``thd`` would rotate queries and keys sample by
     sample, by positions of its own making, while M-RoPE's stand in the batch.
+
+    Attributes:
+        rows: where a packed row's samples are; None: padded rows.
+        rotary: cosines and sines ``[B * S, D]`` of the positions, row behind row; None: queries and keys stay as they
+            are.
     """
 
     qkv_format: str = "sbhd"
     rows: Rows | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+
+
+class MultimodalRotary(nn.Module):
+    """Cosines and sines of M-RoPE, once for all layers.
+
+    Args:
+        head_dim: D.
+        base: the longest wavelength, over 2 pi.
+        sections: how many of the D / 2 frequencies turn with time, height and width.
+    """
+
+    def __init__(self, head_dim: int, base: float, sections: Sequence[int]) -> None:
+        super().__init__()
+        self.frequencies = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        self.axes = torch.tensor([axis for axis, count in enumerate(sections) for _ in range(count)])
+
+    @torch.no_grad()
+    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Of ``[3, B, S]``: two of ``[B * S, D]``, the second half of D being the first one once more."""
+        if self.frequencies.device != position_ids.device:
+            self.frequencies, self.axes = (each.to(position_ids.device) for each in (self.frequencies, self.axes))
+        places = position_ids.flatten(1).t().float()[:, self.axes]
+        angles = (places * self.frequencies).repeat(1, 2)
+        return angles.cos(), angles.sin()
 
 
 class CoreAttention(nn.Module):
-    """Causal attention, grouped queries included; within each sample of a packed row.
+    """Causal attention, grouped queries and M-RoPE included; within each sample of a packed row.
 
     Padding stands on the right, where a causal mask keeps it from every token that counts; so no mask
     of ``[S, S]`` is ever made.
@@ -85,10 +101,11 @@ class CoreAttention(nn.Module):
         if attention_mask is not None:
             raise ValueError("CoreAttention is causal and takes no mask")
         tokens, batch = query.shape[:2]
-        rows = packed_seq_params.rows if packed_seq_params else None
-        if rows is None:
-            rows = Rows.equal(batch, tokens, query.device)
+        told = packed_seq_params or PackedRow()
+        rows = told.rows or Rows.equal(batch, tokens, query.device)
         q_THD, k_THD, v_THD = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
+        if told.rotary:
+            q_THD, k_THD = (rotate(x_THD, *told.rotary) for x_THD in (q_THD, k_THD))
         out_THD = packed_attention(q_THD, k_THD, v_THD, rows, self.softmax_scale)
         out_BSH: Tensor = out_THD.flatten(1).unflatten(0, (batch, tokens))
         return out_BSH.transpose(0, 1)

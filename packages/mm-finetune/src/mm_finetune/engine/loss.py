@@ -47,6 +47,26 @@ def linear_cross_entropy(
     return loss
 
 
+@torch.no_grad()
+def linear_token_losses(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    labels_N: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    chunk: int = CHUNK,
+) -> Tensor:
+    """``-log softmax(hidden @ weight.T)[labels]`` of each position in float32, without gradients.
+
+    The arguments are those of :func:`linear_cross_entropy`.
+    """
+    losses_N = hidden_NH.new_zeros(len(hidden_NH), dtype=torch.float32)
+    for start in range(0, len(hidden_NH), chunk):
+        part = slice(start, start + chunk)
+        losses_N[part] = logits_cross_entropy((hidden_NH[part] @ weight_VH.t()).float(), labels_N[part], group)
+    return losses_N
+
+
 def logits_cross_entropy(logits_NV: Tensor, labels_N: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Loss of each position; `logits_NV` (float32) is overwritten with ``softmax - one_hot(labels)``."""
     top_N = _reduced(logits_NV.amax(-1), dist.ReduceOp.MAX, group)

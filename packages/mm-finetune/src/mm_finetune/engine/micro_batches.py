@@ -25,10 +25,8 @@ def loss_weights(batch: Batch, loss: str) -> tuple[Tensor, Tensor]:
     """
     if loss == "token":
         return batch.loss_mask, batch.loss_mask.sum()
-    numbers = _sample_numbers(batch)
-    count = batch.input_ids.shape[0] if batch.cu_seqlens is None else len(batch.cu_seqlens) - 1
-    sums = batch.loss_mask.new_zeros(count).scatter_add_(0, numbers.flatten(), batch.loss_mask.flatten())
-    carried = batch.loss_mask / sums.clamp(min=1e-12)[numbers]
+    sums = sequence_sums(batch, batch.loss_mask)
+    carried = batch.loss_mask / sums.clamp(min=1e-12)[sequence_numbers(batch)]
     return carried, (sums > 0).sum().to(sums.dtype)
 
 
@@ -63,8 +61,14 @@ def _blank(batch: Batch) -> Batch:
     return replace(batch, **changed, tokens=0, numbers=())
 
 
-def _sample_numbers(batch: Batch) -> Tensor:
-    """``[batch, tokens]``: which sample of the micro-batch each token belongs to."""
+def sequence_sums(batch: Batch, values: Tensor) -> Tensor:
+    """``[sequences]``: the sum of `values` ``[batch, tokens]`` over the tokens of each."""
+    count = batch.input_ids.shape[0] if batch.cu_seqlens is None else len(batch.cu_seqlens) - 1
+    return values.new_zeros(count).scatter_add_(0, sequence_numbers(batch).flatten(), values.flatten())
+
+
+def sequence_numbers(batch: Batch) -> Tensor:
+    """``[batch, tokens]``: which sequence of the micro-batch each token belongs to."""
     rows, tokens = batch.input_ids.shape
     device = batch.input_ids.device
     if batch.cu_seqlens is None:

@@ -19,12 +19,15 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from mm_finetune.data import Batch
+from mm_finetune.engine.adapters import AdaptableColumn, AdaptableRow
 from mm_finetune.engine.attention import Rows
-from mm_finetune.engine.layers import CoreAttention, PackedRow, RMSNorm
-from mm_finetune.engine.loss import linear_cross_entropy
+from mm_finetune.engine.layers import CoreAttention, MultimodalRotary, PackedRow, RMSNorm
+from mm_finetune.engine.loss import linear_cross_entropy, linear_token_losses
 from mm_finetune.engine.parallel import Ranks
+from mm_finetune.engine.pointwise import swiglu
 from mm_finetune.engine.vision import vision_tower
 
 
@@ -35,11 +38,15 @@ class QwenVL(nn.ModuleList):
         config: Megatron's configuration.
         hf_config: transformers' ``Qwen2_5_VLConfig``.
         ranks: where this process stands.
+
+    Attributes:
+        adaptation: what :mod:`mm_finetune.engine.lora` remembers of the adapters that it put on; None: there are none.
     """
 
     def __init__(self, config: TransformerConfig, hf_config: Any, ranks: Ranks) -> None:
         super().__init__()
         self.config = config
+        self.adaptation: object = None
         for number in range(ranks.vpp_size):
             if ranks.vpp_size > 1:
                 parallel_state.set_virtual_pipeline_model_parallel_rank(number)
@@ -72,6 +79,12 @@ class Chunk(MegatronModule):
         self.share_embeddings_and_output_weights = hf_config.tie_word_embeddings
         self.picture_tokens: tuple[int, int] = (hf_config.image_token_id, hf_config.video_token_id)
         self.visual = vision_tower(hf_config, config) if self.pre_process else None
+        text = hf_config.text_config
+        self.rotary = MultimodalRotary(
+            text.hidden_size // text.num_attention_heads,
+            text.rope_parameters["rope_theta"],
+            text.rope_parameters["mrope_section"],
+        )
         self.text_decoder = _decoder(config, hf_config, self)
         if self.pre_process:
             # Picture features are put in before anything is scattered.
@@ -87,22 +100,28 @@ class Chunk(MegatronModule):
         """Where Megatron hands over the previous stage's output."""
         self.text_decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
-    def forward(self, batch: Batch, *, logits: bool = False) -> Tensor:
+    def forward(self, batch: Batch, *, logits: bool = False, each_token: bool = False, marked: bool = False) -> Tensor:
         """Run the stage.
 
         Returns:
-            The last stage: the sum of all tokens' losses, each times its ``loss_mask``, or with `logits`
-            ``[batch, tokens, vocabulary / tp]``.
+            The last stage: the sum of all tokens' losses, each times its ``loss_mask``; with `logits`
+            ``[batch, tokens, vocabulary / tp]``; with `marked` the same of those positions alone whose ``loss_mask`` is
+            not 0, row after row: ``[positions, vocabulary / tp]``; with `each_token` ``[batch, tokens]``, the loss of
+            each token whose ``loss_mask`` is not 0, without gradients.
             Other stages: hidden states ``[tokens, batch, hidden]``; with sequence parallelism this rank's tokens.
         """
+        self.text_decoder.each_token = each_token
         return self.text_decoder(  # type: ignore[no-any-return]
             batch.input_ids,
             batch.position_ids,
             None,
             decoder_input=self._embed(batch) if self.pre_process else None,
-            labels=None if logits else batch.labels,
-            loss_mask=batch.loss_mask,
-            packed_seq_params=_packed_row(batch),
+            labels=None if logits or marked else batch.labels,
+            loss_mask=None if logits else batch.loss_mask,
+            packed_seq_params=PackedRow(
+                rows=None if batch.cu_seqlens is None else Rows.packed(batch.cu_seqlens),
+                rotary=self.rotary(batch.position_ids),
+            ),
         )
 
     def _embed(self, batch: Batch) -> Tensor:
@@ -128,9 +147,13 @@ class Chunk(MegatronModule):
 class Decoder(GPTModel):
     """Megatron's decoder with a loss that never holds all logits."""
 
+    each_token = False  # GPTModel.forward passes no word of ours on
+
     def _postprocess(
         self, hidden_states: Tensor, *, labels: Tensor | None, loss_mask: Tensor | None, **rest: Any
     ) -> Tensor:
+        if self.post_process and labels is None and loss_mask is not None:
+            return self._logits_at(hidden_states, *loss_mask.nonzero(as_tuple=True))
         if not self.post_process or labels is None:
             return super()._postprocess(  # type: ignore[no-any-return]
                 hidden_states=hidden_states, labels=labels, loss_mask=loss_mask, **rest
@@ -143,24 +166,32 @@ class Decoder(GPTModel):
         tied = self.share_embeddings_and_output_weights
         weights_N = loss_mask.t().flatten()
         at_N = weights_N.nonzero()[:, 0]
-        return linear_cross_entropy(
-            hidden_states.flatten(0, 1)[at_N],
-            self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
-            labels.t().flatten()[at_N],
-            weights_N[at_N],
-            group=self.pg_collection.tp,
-        )
+        hidden_NH, labels_N = hidden_states.flatten(0, 1)[at_N], labels.t().flatten()[at_N]
+        weight_VH = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        group = self.pg_collection.tp
+        if self.each_token:
+            losses_N = torch.zeros_like(weights_N)
+            losses_N[at_N] = linear_token_losses(hidden_NH, weight_VH, labels_N, group=group)
+            return losses_N.view_as(loss_mask.t()).t().contiguous()
+        return linear_cross_entropy(hidden_NH, weight_VH, labels_N, weights_N[at_N], group=group)
 
-
-def _packed_row(batch: Batch) -> PackedRow | None:
-    return None if batch.cu_seqlens is None else PackedRow(rows=Rows.packed(batch.cu_seqlens))
+    def _logits_at(self, hidden_states_SBH: Tensor, row_N: Tensor, place_N: Tensor) -> Tensor:
+        if self.config.sequence_parallel:
+            hidden_states_SBH = gather_from_sequence_parallel_region(hidden_states_SBH)
+        tied = self.share_embeddings_and_output_weights
+        weight_VH = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        return linear(hidden_states_SBH[place_N, row_N], weight_VH)
 
 
 def _decoder(config: TransformerConfig, hf_config: Any, chunk: Chunk) -> Decoder:
     text = hf_config.text_config
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = CoreAttention
+    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+    attention.core_attention = CoreAttention
+    mlp.activation_func = swiglu
+    attention.linear_qkv = mlp.linear_fc1 = AdaptableColumn
+    attention.linear_proj = mlp.linear_fc2 = AdaptableRow
     count = get_num_layers_to_build(config, chunk.vp_stage)
     return Decoder(
         config,
@@ -170,7 +201,6 @@ def _decoder(config: TransformerConfig, hf_config: Any, chunk: Chunk) -> Decoder
         pre_process=chunk.pre_process,
         post_process=chunk.post_process,
         share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
-        position_embedding_type="mrope",
-        rotary_base=int(text.rope_parameters["rope_theta"]),
+        position_embedding_type="none",  # attention has it, from PackedRow
         vp_stage=chunk.vp_stage,
     )

@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mm_finetune.config import OptimizationConfig, ParallelConfig
-from mm_finetune.errors import ConfigError
+from mm_finetune.errors import ConfigError, LostProcessError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,9 @@ def processes() -> Iterator[torch.device]:
 
     Returns:
         The device of this process: an accelerator's, or the CPU.
+
+    Raises:
+        LostProcessError: in the middle of the work, another process has ended.
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     device = torch.device("cpu")
@@ -64,8 +67,20 @@ def processes() -> Iterator[torch.device]:
             # Megatron calls functions of torch.distributed by names that newer versions give up.
             warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
             yield device
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST):
+            said = str(error).splitlines()[0].split(". ")[0]
+            raise LostProcessError(
+                f"another process of the run has ended, or the network to it ({said:.200}); when the cause is found,"
+                " output.resume=true goes on from the last checkpoint"
+            ) from error
+        raise
     finally:
         dist.destroy_process_group()
+
+
+# How gloo and hccl say it; nccl has a type of error.
+_LOST = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "HCCL function error")
 
 
 @contextlib.contextmanager
@@ -121,6 +136,8 @@ def transformer_config(
         layernorm_epsilon=text.rms_norm_eps,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
+        # Megatron's word for: the layer specification has it, and the gate is in it.
+        use_te_activation_func=True,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         mrope_section=list(text.rope_parameters["mrope_section"]),

@@ -7,10 +7,12 @@ on the way out.
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -34,11 +36,32 @@ from mm_finetune.config import ParallelConfig
 from mm_finetune.engine.model import QwenVL
 from mm_finetune.engine.parallel import Ranks
 from mm_finetune.errors import CheckpointError
-from mm_finetune.selection import common_rate, rates_of
+from mm_finetune.families import family_of
 
-CONVERTER = "Qwen2_5_VLConverter"
 DECODER = "text_decoder."
 TOWER = "visual."
+# Section of a rank's file, part of the model, name in it.
+Held: TypeAlias = dict[str, dict[str, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """A weight of this process.
+
+    Attributes:
+        root: the part of the model that it is in.
+        path: its name in there.
+        published: the names of the Hugging Face tensors that it holds, whole or in part.
+    """
+
+    root: torch.nn.Module
+    path: str
+    published: tuple[str, ...]
+
+    @property
+    def parameter(self) -> torch.nn.Parameter:
+        """The weight itself."""
+        return self.root.get_parameter(self.path)
 
 
 class Checkpoint:
@@ -57,7 +80,7 @@ class Checkpoint:
         try:
             self.folder = MegatronFolder.open(mm_dir)
             self.hf = HuggingFaceFolder.open(hf_dir)
-            self.converter = Converter.named(CONVERTER)
+            self.converter = Converter.named(family_of(self.hf.config.get("model_type")).converter)
             self.sizes = self.converter.sizes(self.hf)
             self.plan: Plan = self.converter.plan_mm_to_hf(self.folder, self.hf)
         except ConvertError as error:
@@ -77,75 +100,97 @@ class Checkpoint:
                 read = megatron_reader(self.folder)
                 _load(chunk.visual, {n: assemble(self.plan, ref, read) for n, ref in self._tower_names().items()})
 
-    def freeze(self, model: QwenVL, ranks: Ranks, patterns: Sequence[str]) -> None:
-        """Take weights out of training, before the model is wrapped.
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every weight of the whole model by its published name."""
+        canonical = self.converter.family.canonical
+        return {canonical(ref.name): tuple(spec.shape) for ref, spec in sorted(self.hf.tensors.items())}
+
+    def published(self) -> dict[Ref, tuple[str, ...]]:
+        """The published weights that each of the layout's holds, by its file, section and name."""
+        canonical = self.converter.family.canonical
+        held: dict[Ref, set[str]] = {}
+        for part in (self.plan.writes, self.plan.checks):
+            for target, segments in part.items():
+                for segment in segments:
+                    held.setdefault(segment.source, set()).add(canonical(target.name))
+        return {place: tuple(sorted(names)) for place, names in held.items()}
+
+    def weights_of(self, model: QwenVL, ranks: Ranks) -> Iterator[Weight]:
+        """Every weight of this process's part, with the published ones that it holds; call it before any is added."""
+        held = self.published()
+        file = f"{self.layout.rank_dir(ranks.tp_rank, ranks.pp_rank)}/{RANK_FILE}"
+        for number, chunk in enumerate(model):
+            section = section_name(ranks, number)
+            for path, _ in chunk.text_decoder.named_parameters():
+                published = held[Ref(file, section, DECODER + path)]
+                yield Weight(root=chunk.text_decoder, path=path, published=published)
+            if chunk.visual is not None:
+                for path, _ in chunk.visual.named_parameters():
+                    yield Weight(root=chunk.visual, path=path, published=(TOWER + path,))
+
+    def save(self, model: QwenVL, ranks: Ranks, directory: Path, iteration: int) -> None:
+        """Write this rank's file; when all have, give the folder its name and move the tracker; all ranks must call."""
+        partial = partial_folder(directory, iteration)
+        if ranks.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        dist.barrier()
+        self.write(self.held(model, ranks), ranks, partial, iteration)
+        dist.barrier()
+        if ranks.rank == 0:
+            publish(directory, iteration)
+        dist.barrier()
+
+    def held(
+        self, model: QwenVL, ranks: Ranks, copy: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor.cpu()
+    ) -> Held:
+        """This rank's weights on the CPU; nothing on data-parallel ranks that need not write.
 
         Args:
             model: this process's part.
             ranks: where it stands.
-            patterns: see :func:`mm_finetune.selection.rates_of`.
+            copy: brings a tensor to the CPU; told a name for it.
+        """
+        if ranks.dp_rank:
+            return {}
+        sections: Held = {}
+        for number, chunk in enumerate(model):
+            modules = {DECODER: chunk.text_decoder, TOWER: chunk.visual}
+            sections[section_name(ranks, number)] = {
+                part: {name: copy(f"{number}.{part}{name}", t) for name, t in _tensors(module).items()}
+                for part, module in modules.items()
+                if module is not None
+            }
+        return sections
+
+    def write(self, held: Held, ranks: Ranks, folder: Path, iteration: int) -> None:
+        """Write what :meth:`held` gave into the folder of an iteration; it is made where it is missing.
 
         Raises:
-            ConfigError: a pattern matches nothing, nothing is left, or a fused weight would be frozen in part.
+            OSError: the disk is full, for example.
         """
-        canonical = {ref: self.converter.family.canonical(ref.name) for ref in self.hf.tensors}
-        rates = rates_of(sorted(canonical.values()), freeze=patterns, lr_scale={})
-        file = f"{self.layout.rank_dir(ranks.tp_rank, ranks.pp_rank)}/{RANK_FILE}"
-        made: dict[tuple[str, str], set[str]] = {}
-        for part in (self.plan.writes, self.plan.checks):
-            for target, segments in part.items():
-                for segment in segments:
-                    if segment.source.file == file:
-                        place = (segment.source.section, segment.source.name)
-                        made.setdefault(place, set()).add(canonical[target])
-        for number, chunk in enumerate(model):
-            section = section_name(ranks, number)
-            for name, parameter in chunk.text_decoder.named_parameters():
-                parts = sorted(made[section, DECODER + name])
-                parameter.requires_grad_(common_rate(DECODER + name, parts, rates) > 0)
-            if chunk.visual is not None:
-                for name, parameter in chunk.visual.named_parameters():
-                    parameter.requires_grad_(rates[TOWER + name] > 0)
-
-    def save(self, model: QwenVL, ranks: Ranks, directory: Path, iteration: int) -> None:
-        """Write this rank's file; when all have, give the folder its name and move the tracker.
-
-        Every rank of data-parallel rank 0 writes; all ranks must call.
-        """
-        name = f"iter_{iteration:07d}"
-        partial = directory / f".{name}.partial"
-        if ranks.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        if ranks.dp_rank == 0:
-            folder = partial / self.layout.rank_dir(ranks.tp_rank, ranks.pp_rank)
-            folder.mkdir()
-            content = {**self._rank_tensors(model, ranks), "iteration": iteration}
-            torch.save({**content, "checkpoint_version": CHECKPOINT_VERSION}, folder / RANK_FILE)
-        dist.barrier()
-        if ranks.rank == 0:
-            shutil.rmtree(directory / name, ignore_errors=True)
-            partial.rename(directory / name)
-            tracker = directory / f".{TRACKER}.partial"
-            tracker.write_text(str(iteration))
-            tracker.rename(directory / TRACKER)
-        dist.barrier()
+        if not held:
+            return
+        sections: dict[str, Any] = {
+            section: (self._cut_tower(parts[TOWER], ranks.tp_rank) if TOWER in parts else {})
+            | {DECODER + name: tensor for name, tensor in parts[DECODER].items()}
+            for section, parts in held.items()
+        }
+        target = folder / self.layout.rank_dir(ranks.tp_rank, ranks.pp_rank)
+        target.mkdir(parents=True, exist_ok=True)
+        try:
+            with (target / RANK_FILE).open("wb") as file:
+                torch.save({**sections, "iteration": iteration, "checkpoint_version": CHECKPOINT_VERSION}, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except RuntimeError as error:
+            # What torch makes of an error in the middle of its writing.
+            raise OSError(f"{target / RANK_FILE} can't be written: {error}") from error
 
     def _tower_names(self) -> dict[str, Ref]:
         """The tower's own parameter names, and the Hugging Face tensors that they are."""
         canonical = {self.converter.family.canonical(ref.name): ref for ref in self.hf.tensors}
         return {name.removeprefix(TOWER): ref for name, ref in canonical.items() if name.startswith(TOWER)}
-
-    def _rank_tensors(self, model: QwenVL, ranks: Ranks) -> dict[str, dict[str, Tensor]]:
-        """The sections of this rank's file."""
-        sections = {}
-        for number, chunk in enumerate(model):
-            tensors = {DECODER + name: t for name, t in _tensors(chunk.text_decoder).items()}
-            if chunk.visual is not None:
-                tensors = self._cut_tower(_tensors(chunk.visual), ranks.tp_rank) | tensors
-            sections[section_name(ranks, number)] = tensors
-        return sections
 
     def _cut_tower(self, tower: dict[str, Tensor], tp_rank: int) -> dict[str, Tensor]:
         """The tower's slices of one tensor-parallel rank, under the layout's names."""
@@ -159,6 +204,30 @@ class Checkpoint:
 
         file = f"{self.layout.rank_dir(tp_rank, 0)}/{RANK_FILE}"
         return {ref.name: assemble(plan, ref, read) for ref in targets if ref.file == file}
+
+
+def partial_folder(directory: Path, iteration: int) -> Path:
+    """Where the checkpoint of an iteration is written, until it is whole."""
+    return directory / f".iter_{iteration:07d}.partial"
+
+
+def publish(directory: Path, iteration: int) -> Path:
+    """Give a whole checkpoint its name, then move the tracker to it."""
+    folder = directory / f"iter_{iteration:07d}"
+    shutil.rmtree(folder, ignore_errors=True)
+    partial_folder(directory, iteration).rename(folder)
+    tracker = directory / f".{TRACKER}.partial"
+    write_synced(tracker, str(iteration))
+    tracker.replace(directory / TRACKER)
+    return folder
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Write a file that is on the disk when this returns."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def section_name(ranks: Ranks, number: int) -> str:
@@ -188,8 +257,8 @@ def _sizes(tp_size: int, pp_size: int, vpp_size: int) -> str:
 
 
 def _tensors(module: torch.nn.Module) -> dict[str, Tensor]:
-    """A module's weights on the CPU; megatron's state also holds entries that are no tensors."""
-    return {name: t.detach().cpu() for name, t in module.state_dict().items() if isinstance(t, Tensor)}
+    """A module's weights; megatron's state also holds entries that are no tensors."""
+    return {name: t.detach() for name, t in module.state_dict().items() if isinstance(t, Tensor)}
 
 
 def _load(module: torch.nn.Module, tensors: dict[str, Tensor]) -> None:

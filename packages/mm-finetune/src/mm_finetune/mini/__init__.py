@@ -1,4 +1,4 @@
-"""A tiny Qwen2.5-VL and a data set of real pictures, to try everything on a laptop without a download.
+"""A tiny Qwen2.5-VL or Qwen2-VL and a data set of real pictures, to try everything on a laptop without a download.
 
     >>> from mm_finetune.mini import make
     >>> make("demo", seed=0)
@@ -17,6 +17,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mm_finetune.errors import ConfigError
+from mm_finetune.families import family_of
 from mm_finetune.output import new_folder, require_free_folder
 
 __all__ = ["make"]
@@ -36,6 +37,7 @@ def make(
     seed: int = 0,
     digits: int | None = None,
     heldout_digits: int = 300,
+    family: str = "qwen2_5_vl",
     overwrite: bool = False,
     progress: bool = False,
 ) -> Path:
@@ -46,6 +48,7 @@ def make(
         seed: of the weights, the split and the crops. The same seed gives the same bytes with the same libraries.
         digits: handwritten digits to train on; default: all that are not held out.
         heldout_digits: handwritten digits to hold out.
+        family: of the model, ``qwen2_5_vl`` or ``qwen2_vl``.
         overwrite: replace a folder that this function made, with everything in it.
         progress: show a bar, on a terminal.
 
@@ -56,6 +59,7 @@ def make(
         OutputExistsError: the folder is not empty.
         ConfigError: a number that can't be, or a library of the extra ``demo`` is missing.
     """
+    family_of(family)
     folder = Path(directory).resolve()
     require_free_folder(folder, overwrite=overwrite, ours=_is_ours)
     try:
@@ -73,7 +77,7 @@ def make(
         raise ConfigError(f"{error.name} is not installed: pip install 'mm-finetune[demo]'") from error
     with new_folder(folder) as temporary:
         data.write_data(temporary / "data", split, seed=seed, progress=progress)
-        model.save_model(temporary / "hf", trained, seed=seed)
+        model.save_model(temporary / "hf", trained, seed=seed, family=family)
         (temporary / "train.yaml").write_text(TRAIN_YAML, encoding="utf-8")
     return folder
 

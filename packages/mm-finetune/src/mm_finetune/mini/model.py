@@ -1,4 +1,4 @@
-"""``qwen2_5_vl-mini``: transformers' own Qwen2.5-VL, with random weights of about five megabytes."""
+"""``qwen2_5_vl-mini``: transformers' own Qwen2.5-VL or Qwen2-VL, with random weights of about five megabytes."""
 
 from __future__ import annotations
 
@@ -25,15 +25,31 @@ PREPROCESSOR = {
 }
 
 
-def model_config(tokenizer: Any) -> Any:
+# What the towers of the two families call differently, or have alone.
+TOWERS: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {
+        "hidden_size": 64, "intermediate_size": 176, "out_hidden_size": HIDDEN_SIZE, "tokens_per_second": 2,
+        "window_size": 56, "fullatt_block_indexes": [1, 3],
+    },
+    "qwen2_vl": {"embed_dim": 64, "hidden_size": HIDDEN_SIZE, "mlp_ratio": 4},
+}  # fmt: skip
+
+
+def model_config(tokenizer: Any, *, family: str = "qwen2_5_vl") -> Any:
     """The configuration: every kind of block of the large models, with the ids of `tokenizer`.
 
-    Attention with fewer key-value heads than query heads, M-RoPE, windowed and full vision blocks, untied embeddings.
+    Attention with fewer key-value heads than query heads, M-RoPE, windowed and full vision blocks (Qwen2-VL: full ones
+    alone), untied embeddings.
+
+    Args:
+        tokenizer: whose special tokens it knows.
+        family: ``qwen2_5_vl`` or ``qwen2_vl``.
     """
-    from transformers import Qwen2_5_VLConfig
+    from transformers import AutoConfig
 
     ids = tokenizer.get_vocab()
-    return Qwen2_5_VLConfig(
+    return AutoConfig.for_model(
+        family,
         text_config={
             "vocab_size": VOCAB_SIZE, "hidden_size": HIDDEN_SIZE, "intermediate_size": 352, "num_hidden_layers": 4,
             "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "max_position_embeddings": 4096,
@@ -43,25 +59,23 @@ def model_config(tokenizer: Any) -> Any:
             "pad_token_id": ids["<|endoftext|>"],
         },
         vision_config={
-            "depth": 4, "hidden_size": 64, "intermediate_size": 176, "num_heads": 4, "out_hidden_size": HIDDEN_SIZE,
-            "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "tokens_per_second": 2,
-            "window_size": 56, "fullatt_block_indexes": [1, 3],
+            "depth": 4, "num_heads": 4, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
             "initializer_range": INITIALIZER_RANGE,
-        },
+        } | TOWERS[family],
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=False,
     )  # fmt: skip
 
 
-def save_model(folder: Path, tokenizer: Any, *, seed: int) -> None:
+def save_model(folder: Path, tokenizer: Any, *, seed: int, family: str = "qwen2_5_vl") -> None:
     """Write an ordinary Hugging Face folder: weights, configurations, tokenizer, image processor."""
     import torch
-    from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import AutoModelForImageTextToText, GenerationConfig
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(model_config(tokenizer)).float()
+        model = AutoModelForImageTextToText.from_config(model_config(tokenizer, family=family)).float()
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )

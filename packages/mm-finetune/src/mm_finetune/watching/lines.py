@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from itertools import islice
 
 from mm_finetune.watching.metrics import Metrics
 
@@ -20,6 +21,7 @@ def plain_line(m: Metrics, steps: int) -> str:
         f"data wait {m.data_wait:.0%}",
         "" if m.memory_gib is None else f"{m.memory_gib:.1f} GiB",
         f"ETA {duration(m.eta_s)}",
+        *(f"{name} {value:.3f}" for name, value in _shown(m)),
         "SKIPPED" if m.skipped else "",
     ]
     return "  ".join(part for part in parts if part)
@@ -51,10 +53,15 @@ def megatron_line(
         f"loss: {m.loss:.6E}",
         "loss scale: 1.0",
         f"grad norm: {m.grad_norm:.3f}",
+        *(f"{name}: {value:.4f}" for name, value in _shown(m)),
         f"number of skipped iterations: {skipped:3d}",
         f"number of nan iterations: {nans:3d}",
     ]
     return " | ".join(part for part in parts if part) + " |"
+
+
+def _shown(m: Metrics) -> list[tuple[str, float]]:
+    return [(name.replace("_", " "), value) for name, value in islice(m.more.items(), 2)]
 
 
 def duration(seconds: float) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -26,6 +27,7 @@ class Metrics:
         elapsed_s: since the run started; goes on where a resumed run left off.
         eta_s: until the last step, at the pace so far.
         skipped: the step left the weights as they were; ``anomalies.jsonl`` says why.
+        more: what else the objective says of the step, by name; the first two stand in the console line too.
     """
 
     step: int
@@ -43,11 +45,18 @@ class Metrics:
     elapsed_s: float
     eta_s: float
     skipped: bool = False
+    more: Mapping[str, float] = field(default_factory=dict)
+
+    def row(self) -> dict[str, Any]:
+        """All of it, flat."""
+        row = {**vars(self), **self.more}
+        del row["more"]
+        return row
 
     def values(self) -> dict[str, float]:
         """What a curve can be drawn of, by name."""
         left_out = {"step", "skipped", "elapsed_s", "eta_s"}
-        return {k: float(v) for k, v in asdict(self).items() if k not in left_out and v is not None}
+        return {k: float(v) for k, v in self.row().items() if k not in left_out and v is not None}
 
 
 def json_line(values: dict[str, Any]) -> bytes:

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -65,6 +65,10 @@ class RunLog:
         self.started = self.before = time.monotonic()
         self.waited = self.line_due = 0.0
 
+    def begin(self) -> None:
+        """Count time from now on: the first step begins."""
+        self.started = self.before = time.monotonic()
+
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Around whatever waits for data: its time is the data wait share."""
@@ -73,6 +77,23 @@ class RunLog:
             yield
         finally:
             self.waited += time.monotonic() - began
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Around what belongs to no step, an evaluation: the next step's time begins after it."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.before += time.monotonic() - began
+
+    def evaluated(self, number: int, values: Mapping[str, float], said: str) -> None:
+        """Note an evaluation after a step: `values` go to trackers, under ``eval_…``, `said` to the console."""
+        if self.file:
+            for tracker in self.trackers:
+                tracker.log(number, {f"eval_{name}": value for name, value in values.items()})
+            self.console.write(f"step {number}/{self.steps}  held out: {said}\n")
+            self.console.flush()
 
     def step(
         self,
@@ -84,8 +105,9 @@ class RunLog:
         tokens: int,
         flops: float | None = None,
         skipped: bool = False,
+        more: Mapping[str, float] | None = None,
     ) -> Metrics:
-        """Note a finished step; `flops` is what it needed on all devices together."""
+        """Note a finished step; `flops` is what it needed on all devices together, `more` what else is said of it."""
         now = time.monotonic()
         seconds, elapsed = max(now - self.before, 1e-9), now - self.started
         metrics = Metrics(
@@ -104,6 +126,7 @@ class RunLog:
             elapsed_s=round(self.elapsed_before + elapsed, 3),
             eta_s=round(elapsed / max(1, number - self.done) * (self.steps - number), 1),
             skipped=skipped,
+            more=more or {},
         )
         self.before, self.waited = now, 0.0
         self.skipped, self.nans = self.skipped + skipped, self.nans + (not math.isfinite(loss))
@@ -113,7 +136,7 @@ class RunLog:
 
     def _write(self, metrics: Metrics, now: float) -> None:
         assert self.file is not None, "only called where there is a file"
-        self.file.write(json_line(vars(metrics)))
+        self.file.write(json_line(metrics.row()))
         for tracker in self.trackers:
             tracker.log(metrics.step, metrics.values())
         every = self.log_every or (1 if self.log_format == "megatron" else None)
