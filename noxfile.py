@@ -121,6 +121,16 @@ def datafmt_fuzz(session: nox.Session) -> None:
     session.run(python, "-m", "pytest", *tests, external=True, env={**ONE_THREAD, **numbers})
 
 
+@nox.session(name="finetune-layouts", venv_backend="none")
+def finetune_layouts(session: nox.Session) -> None:
+    """mm-finetune against transformers, PEFT and itself in every layout, of which CI compares some; ten minutes."""
+    python = str(_everything(session).python)
+    names = ("parity", "qwen2_vl", "preference_parity", "lora", "checkpointing", "planning")
+    tests = [str(PACKAGES["mm-finetune"].tests / f"test_{name}.py") for name in names]
+    every = {**ONE_THREAD, "FINETUNE_LAYOUTS": "all"}
+    session.run(python, "-m", "pytest", *tests, "tests/test_lora_peft.py", external=True, env=every)
+
+
 @nox.session(venv_backend="none")
 def wheels(session: nox.Session) -> None:
     """Build every distribution, its wheel also from its sdist; twine check --strict; look at the contents."""

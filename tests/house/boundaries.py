@@ -50,7 +50,6 @@ NEVER_IMPORTED: Mapping[str, str] = {
     "numpy": "torch and safetensors.torch import it where they exchange bytes, and do not declare it",
     "scikit-image": "mm-finetune opens the photographs that it carries, as files",
     "torch-npu": "registers the operators that dit-fused-ops calls by name; importing it is the user's step",
-    "psutil": "megatron-core's checkpoint writer imports it and does not declare it",
 }
 
 _IMPORTING_CALLS = frozenset({"import_module", "__import__", "importorskip"})
