@@ -6,19 +6,16 @@ folder ``after``, that one's name.
 
 from __future__ import annotations
 
-import json
 import shutil
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from checkpoint_runs import go_back
+from layouts import answer
 
 from mm_finetune.config import load_config
-from mm_finetune.engine.parallel import processes
 from mm_finetune.errors import FinetuneError
 from mm_finetune.training import prepare, train_on
 
@@ -40,17 +37,5 @@ def run(case: dict[str, Any], world: Path, device: torch.device) -> dict[str, An
     return {"name": case["name"], "error": ""}
 
 
-def main() -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    world, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
-    with processes() as device:
-        for case in cases:
-            result = run(case, world, device)
-            if dist.get_rank() == 0:
-                sys.stdout.write("RESULT " + json.dumps(result) + "\n")
-                sys.stdout.flush()
-
-
 if __name__ == "__main__":
-    main()
+    answer(run)

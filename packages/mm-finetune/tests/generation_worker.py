@@ -5,20 +5,17 @@ Arguments: a folder with ``hf/``, ``held.json`` and ``train.json``, and cases as
 
 from __future__ import annotations
 
-import json
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from layouts import answer
 
 from mm_convert import Converter, Layout
 from mm_finetune.config import DataConfig, ModelConfig, OptimizationConfig, OutputConfig, ParallelConfig, TrainConfig
 from mm_finetune.engine.build import build_model
-from mm_finetune.engine.device import mcore_on
-from mm_finetune.engine.parallel import model_parallel, processes
+from mm_finetune.engine.parallel import model_parallel
 from mm_finetune.engine.step import Trainer
 from mm_finetune.engine.weights import Checkpoint
 from mm_finetune.evaluation.during import Evaluator, held_out
@@ -77,17 +74,9 @@ def evaluated(case: dict[str, Any], folder: Path, number: int, device: torch.dev
     return {"dp": ranks.dp_size, "file": str(eval_path(config.output.dir, STEP)), "told": told}
 
 
-def main() -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
-    with processes() as device, mcore_on(device):
-        for number, given in enumerate(cases):
-            result = evaluated(DEFAULTS | given, folder, number, device)
-            if dist.get_rank() == 0:
-                sys.stdout.write("RESULT " + json.dumps(result) + "\n")
-                sys.stdout.flush()
+def main(given: dict[str, Any], folder: Path, device: torch.device) -> dict[str, Any]:
+    return evaluated(DEFAULTS | given, folder, given["number"], device)
 
 
 if __name__ == "__main__":
-    main()
+    answer(main)

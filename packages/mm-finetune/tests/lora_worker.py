@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from layouts import answer
 from parity_reference import OPTIMIZATION, hf_config, micro_batches
 from parity_worker import completed_gradients, grads_by_hf_name, made_checkpoint, main_grad, our_logits, relative, share
 from torch import Tensor
@@ -22,9 +21,8 @@ from torch import Tensor
 from mm_finetune.config import DataConfig, LoraConfig, ModelConfig, OutputConfig, ParallelConfig, TrainConfig
 from mm_finetune.engine.adapters import Adapter
 from mm_finetune.engine.build import build_model
-from mm_finetune.engine.device import mcore_on
 from mm_finetune.engine.lora import save_adapter
-from mm_finetune.engine.parallel import model_parallel, processes
+from mm_finetune.engine.parallel import model_parallel
 from mm_finetune.engine.step import Trainer
 from mm_finetune.engine.weights import Checkpoint
 
@@ -147,18 +145,10 @@ def curve(trainer: Trainer, truth: dict[str, Any], case: dict[str, Any]) -> dict
     return kept
 
 
-def main() -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
-    with processes() as device, mcore_on(device):
-        for number, given in enumerate(cases):
-            case = DEFAULTS | given
-            result = compare(case, folder / case["reference"], folder / str(number))
-            if dist.get_rank() == 0:
-                sys.stdout.write("RESULT " + json.dumps(result) + "\n")
-                sys.stdout.flush()
+def main(given: dict[str, Any], folder: Path, _: torch.device) -> dict[str, Any]:
+    case = DEFAULTS | given
+    return compare(case, folder / case["reference"], folder / str(case["number"]))
 
 
 if __name__ == "__main__":
-    main()
+    answer(main)

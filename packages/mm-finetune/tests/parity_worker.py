@@ -6,8 +6,6 @@ A case is a dictionary, see ``DEFAULTS``. All cases run in one set of processes.
 from __future__ import annotations
 
 import json
-import sys
-import warnings
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -15,15 +13,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from layouts import answer
 from parity_reference import MICRO_BATCHES, OPTIMIZATION, hf_config, micro_batches
 from torch import Tensor
 
 from mm_finetune.config import ParallelConfig
 from mm_finetune.data import Batch
-from mm_finetune.engine.device import mcore_on
 from mm_finetune.engine.micro_batches import padded
 from mm_finetune.engine.model import QwenVL
-from mm_finetune.engine.parallel import Ranks, model_parallel, processes, transformer_config
+from mm_finetune.engine.parallel import Ranks, model_parallel, transformer_config
 from mm_finetune.engine.step import Trainer
 from mm_finetune.engine.weights import Checkpoint, section_name
 from mm_finetune.families import family_of, model_class
@@ -204,18 +202,10 @@ def export_difference(folder: Path, reference: Path, truth: dict[str, Any], step
     return max(relative(p.detach(), truth["trained"][steps][n]) for n, p in model.named_parameters())
 
 
-def main() -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
-    with processes() as device, mcore_on(device):
-        for number, given in enumerate(cases):
-            case = DEFAULTS | given
-            result = compare(case, folder / case["variant"], folder / str(number))
-            if dist.get_rank() == 0:
-                sys.stdout.write("RESULT " + json.dumps(result) + "\n")
-                sys.stdout.flush()
+def main(given: dict[str, Any], folder: Path, _: torch.device) -> dict[str, Any]:
+    case = DEFAULTS | given
+    return compare(case, folder / case["variant"], folder / str(case["number"]))
 
 
 if __name__ == "__main__":
-    main()
+    answer(main)

@@ -5,14 +5,12 @@ A case is a dictionary, see ``DEFAULTS``. All cases run in one set of processes.
 
 from __future__ import annotations
 
-import json
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from layouts import answer
 from parity_reference import Vocabulary
 from torch import Tensor
 
@@ -29,8 +27,7 @@ from mm_finetune.config import (
 )
 from mm_finetune.data import Batch
 from mm_finetune.engine.build import build_model
-from mm_finetune.engine.device import mcore_on
-from mm_finetune.engine.parallel import model_parallel, processes
+from mm_finetune.engine.parallel import model_parallel
 from mm_finetune.engine.step import Trainer
 from mm_finetune.engine.weights import Checkpoint
 from mm_finetune.families import family_of
@@ -182,19 +179,12 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         return result
 
 
-def main() -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
-    with processes() as device, mcore_on(device):
-        for number, given in enumerate(cases):
-            result = measure(DEFAULTS | given, folder / str(number))
-            gathered: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, result)
-            if dist.get_rank() == 0:
-                sys.stdout.write("RESULT " + json.dumps(gathered) + "\n")
-                sys.stdout.flush()
+def main(given: dict[str, Any], folder: Path, _: torch.device) -> list[Any]:
+    """What each process found."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, measure(DEFAULTS | given, folder / str(given["number"])))
+    return gathered
 
 
 if __name__ == "__main__":
-    main()
+    answer(main)

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from layouts import answer
 from parity_reference import OPTIMIZATION, hf_config
 from parity_worker import grads_by_hf_name, made_checkpoint, relative
 from preference_reference import LOSSES, PAIRS, STEPS, encoded, offsets, step_pairs
 
 from mm_finetune.config import ParallelConfig
 from mm_finetune.data import Batch, collate
-from mm_finetune.engine.device import mcore_on
 from mm_finetune.engine.model import QwenVL
-from mm_finetune.engine.parallel import model_parallel, processes, transformer_config
+from mm_finetune.engine.parallel import model_parallel, transformer_config
 from mm_finetune.engine.step import Trainer
 from mm_finetune.engine.weights import Checkpoint
 from mm_finetune.preference.objective import PreferenceObjective, pair_numbers, paired
@@ -106,17 +104,9 @@ def compare(case: dict[str, Any], reference: Path, folder: Path) -> dict[str, An
         )
 
 
-def main() -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
-    with processes() as device, mcore_on(device):
-        for number, given in enumerate(cases):
-            result = compare(DEFAULTS | given, folder, folder / str(number))
-            if dist.get_rank() == 0:
-                sys.stdout.write("RESULT " + json.dumps(result) + "\n")
-                sys.stdout.flush()
+def main(given: dict[str, Any], folder: Path, _: torch.device) -> dict[str, Any]:
+    return compare(DEFAULTS | given, folder, folder / str(given["number"]))
 
 
 if __name__ == "__main__":
-    main()
+    answer(main)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoint_runs import differing, numbers, rows, tensors
-from extent import first
+from layouts import ask, first
 
 from mm_convert import Converter, Layout
 from mm_datafmt import convert
@@ -109,13 +107,7 @@ def runs(world: Path) -> Path:
         cases.append({"name": f"{name} resumed", "overrides": cases[-1]["overrides"], "after": name})
     for name, (before, layout, more) in ELSEWHERE.items():
         cases.append({"name": name, "overrides": overrides(world, layout, *more), "after": before})
-    worker = Path(__file__).with_name("checkpoint_worker.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
-    done = subprocess.run(
-        [*launch, worker, world, json.dumps(cases)], capture_output=True, text=True, timeout=400, check=False
-    )
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[:6000]}"
-    results = [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if "RESULT " in line]
+    results = ask("checkpoint_worker.py", 4, world, cases)
     assert [result["error"] for result in results] == [""] * len(cases)
     return world
 

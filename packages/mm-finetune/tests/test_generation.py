@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from evaluation_worlds import lively_model, samples, write_records
+from layouts import ask
 
 from mm_finetune.evaluation import Answerer, Evaluation, evaluate
 from mm_finetune.evaluation.records import question_of
@@ -68,13 +67,7 @@ def mean_loss(world: Path) -> float:
 
 
 def test_answers_in_every_layout_are_those_of_transformers(world: Path) -> None:
-    worker = Path(__file__).with_name("generation_worker.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launch, worker, world, json.dumps(TWO)], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    results = [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line[:7] == "RESULT "]
+    results = ask("generation_worker.py", 2, world, TWO)
     assert [result["dp"] for result in results] == [2, 1, 1, 1, 1]
     loss = mean_loss(world)
     for case, result in zip(TWO, results, strict=True):

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from extent import first
+from layouts import ask, first
 from parity_reference import OPTIMIZATION, hf_model, loss
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -125,14 +123,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, d
             case["lora"] = lora | {"target_modules": case["targets"]}
             case["adapter"] = "queries" if case.pop("targets") == QUERIES else "spread"
         cases.append(case)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
-    worker = Path(__file__).with_name("lora_worker.py")
-    done = subprocess.run(
-        [*launch, worker, root, json.dumps(cases)], capture_output=True, text=True, timeout=900, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    found = dict(zip(CASES, map(json.loads, lines), strict=True))
+    found = dict(zip(CASES, ask("lora_worker.py", 4, root, cases), strict=True))
     return root, {name: result | {"folder": str(number)} for number, (name, result) in enumerate(found.items())}
 
 

@@ -8,14 +8,11 @@ fiftieth of what a mistake costs, or less: weight decay on norms and biases move
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from extent import first
+from layouts import ask, first
 from parity_reference import write_reference
 
 # Of logits, gradients and norm: relative to the largest; of the loss: absolute, at a loss of about 8.
@@ -58,17 +55,6 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_worker(processes: int, cases: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    worker = Path(__file__).with_name("parity_worker.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run(
-        [*launch, worker, folder, json.dumps(cases)], capture_output=True, text=True, timeout=400, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    return [json.loads(line) for line in lines]
-
-
 def check(result: dict[str, Any], processes: int) -> None:
     assert result["dp"] == processes // (result["tp"] * result["pp"])
     # 12 a language layer; 4 layers, final norm, output layer. With the vision tower and the embedding: 103 and more.
@@ -99,7 +85,6 @@ def check_bf16(result: dict[str, Any]) -> None:
 
 
 def test_equals_transformers(references: Path) -> None:
-    results = run_worker(4, FOUR, references)
-    assert len(results) == len(FOUR)
+    results = ask("parity_worker.py", 4, references, FOUR)
     for result in results:
         check(result, 4)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from extent import first
+from layouts import ask, first
 
 from mm_finetune.cli import main
 from mm_finetune.config import TrainConfig, load_config
@@ -71,13 +71,8 @@ CASES = first(ALL, 5)
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Each case with what each of two processes found."""
-    worker = Path(__file__).with_name("planning_worker.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launch, str(worker), str(tmp_path_factory.mktemp("planning")), json.dumps(CASES)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    return list(zip(CASES, map(json.loads, lines), strict=True))
+    found = ask("planning_worker.py", 2, tmp_path_factory.mktemp("planning"), CASES)
+    return list(zip(CASES, found, strict=True))
 
 
 def test_weights_and_gradients_are_counted_to_the_byte(measured: list[tuple[Any, Any]]) -> None:

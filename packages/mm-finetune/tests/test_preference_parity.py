@@ -7,14 +7,11 @@ question partly cancel, their rounding does not. Log-probabilities are sums of a
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from extent import first
+from layouts import ask, first
 from preference_reference import STEPS, write_reference
 
 BOUND = 128 * 6e-8
@@ -38,20 +35,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_worker(cases: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    worker = Path(__file__).with_name("preference_worker.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launch, worker, folder, json.dumps(cases)], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    return [json.loads(line) for line in lines]
-
-
 def test_pairs_equal_the_formulas(reference: Path) -> None:
-    results = run_worker(TWO, reference)
-    assert len(results) == len(TWO)
+    results = ask("preference_worker.py", 2, reference, TWO)
     for result in results:
         assert result["dp"] == 2 // (result["tp"] * result["pp"])
         assert result["grads"] >= 103, "every parameter is compared"

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from data_worlds import turns, write
-from extent import first
+from layouts import ask, first
 from parity_reference import write_reference
-from test_parity import check, run_worker
+from test_parity import check
 
 from mm_convert import Converter, Layout
 from mm_datafmt import convert, read
@@ -36,8 +36,7 @@ def test_equals_transformers(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         variant = {"family": "qwen2_vl", "tied": tied, "wide": False}
         write_reference(tmp_path / name, variant, kept=(2,))
-    results = run_worker(2, TWO, tmp_path)
-    assert len(results) == len(TWO)
+    results = ask("parity_worker.py", 2, tmp_path, TWO)
     for result in results:
         check({**result, "variant": result["variant"].removeprefix("qwen2_vl_")}, 2)
 
