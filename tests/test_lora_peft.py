@@ -27,7 +27,10 @@ from layouts import ask, first  # noqa: E402
 from parity_reference import OPTIMIZATION, hf_model, logits, loss, micro_batches  # noqa: E402
 
 # PEFT 0.21 asks transformers 5 by a name that transformers will drop.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 BOUND, CURVE = 128 * 6e-8, 1e-4
 VARIANT = {"tied": False, "wide": False}

@@ -104,6 +104,7 @@ def test_faults_are_those_of_train(world: Path, capsys: pytest.CaptureFixture[st
     assert "data.seq_length is 20" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_two_stages_say_the_same_loss_and_rank_0_alone_speaks(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*torchrun, "-m", "mm_finetune", "check", str(world / "train.yaml"), *SMALL]

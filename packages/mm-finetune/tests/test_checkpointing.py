@@ -69,7 +69,7 @@ ELSEWHERE: dict[str, tuple[str, str, list[str]]] = {
     "tp2-pp2 to dp4": ("tp2-pp2", "one", []),
     "pp2 to tp2, frozen": ("pp2-whole-frozen", "tp2", ["train.freeze=[visual.*]"]),
 }
-ELSEWHERE = first(ELSEWHERE, 3)
+ELSEWHERE = first(ELSEWHERE, 2)
 
 
 @pytest.fixture(scope="module")

@@ -112,6 +112,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_same_answers(
     assert not journal.exists()
 
 
+@pytest.mark.long
 def test_two_processes_give_the_file_that_one_gives(lively: Path, data: Path) -> None:
     one, two = data.parent / "one.json", data.parent / "two.json"
     assert main(options(lively, data, one)) == 1

@@ -42,7 +42,7 @@ ALL: list[dict[str, Any]] = [
     {"pp": 2, "llm": [[2, 2]], "variant": "tied", "packed": True, "mean": "sample"},
     {"pp": 2, "dtype": "bf16", "llm": [[1, 3]]},
 ]
-FOUR = first(ALL, 8)
+FOUR = first(ALL, 7)
 
 
 @pytest.fixture(scope="module")

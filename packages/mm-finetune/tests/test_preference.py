@@ -241,6 +241,7 @@ def test_a_pair_that_cannot_be_read_counts_for_nothing(config: Path) -> None:
         assert main(["train", str(config), "data.on_bad=skip", "data.max_bad_ratio=0.5"]) == 0
 
 
+@pytest.mark.long
 def test_a_mini_model_learns_to_prefer_the_right_digit(tmp_path: Path, mini: Path) -> None:
     """One epoch: whatever a step says of its pairs, it says of digits that were never trained on."""
     config = preference_world(tmp_path / "world", mini, 1200)

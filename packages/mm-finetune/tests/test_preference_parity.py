@@ -25,7 +25,7 @@ ALL: list[dict[str, Any]] = [
     {"tp": 2, "loss": "hinge", "recompute": "full"},
     {"packed": True, "loss": "free"},
 ]
-TWO = first(ALL, 4)
+TWO = first(ALL, 3)
 
 
 @pytest.fixture(scope="module")
