@@ -23,7 +23,7 @@ from house.tree import ROOT
 HELPERS = ROOT / "packages" / "mm-finetune/tests"
 sys.path.append(str(HELPERS))
 
-from layouts import ask, first  # noqa: E402
+from layouts import ask  # noqa: E402
 from parity_reference import OPTIMIZATION, hf_model, logits, loss, micro_batches  # noqa: E402
 
 # PEFT 0.21 asks transformers 5 by a name that transformers will drop.
@@ -50,7 +50,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "ours": ["k_proj", "up_proj", "model.layers.3.mlp.*", "visual.*attn.*", "visual.*down_proj", "visual.merger.*"],
     },
 }
-ALL: list[dict[str, Any]] = [
+LAYOUTS: list[dict[str, Any]] = [
     {"reference": "all", "steps": STEPS},
     {"reference": "some", "tp": 2, "pp": 2, "llm": [[1, 3]], "sp": True, "recompute": "full", "steps": STEPS},
     {"reference": "all", "tp": 2, "sp": True, "packed": True, "recompute": "selective"},
@@ -59,7 +59,6 @@ ALL: list[dict[str, Any]] = [
     {"reference": "all", "pp": 2, "llm": [[2, 2]], "packed": True, "recompute": "full"},
     {"reference": "some", "pp": 2, "llm": [[1, 1], [1, 1]]},
 ]
-LAYOUTS = first(ALL, 3)
 
 
 def adapted(model: Any, name: str) -> Any:

@@ -1,6 +1,6 @@
 """Many layouts in one set of processes: how a test asks a worker's processes, and how they answer.
 
-Of each list the first layouts are compared in every run of the tests, all of them with ``FINETUNE_LAYOUTS=all``.
+Of long lists the first layouts are compared in every run of the tests, all of them with ``FINETUNE_LAYOUTS=all``.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ from mm_finetune.evaluation import Answerer, Evaluation, evaluate
 from mm_finetune.evaluation.records import question_of
 from mm_finetune.template import encode
 
+pytestmark = pytest.mark.long
+
 TWO: list[dict[str, Any]] = [
     {},  # data parallel
     {"tp": 2, "sp": True},

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import ask, first
+from layouts import ask
 from parity_reference import OPTIMIZATION, hf_model, loss
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,6 +24,8 @@ from mm_finetune.engine.adapters import Dropout, Fused
 from mm_finetune.engine.lora import read_adapter
 from mm_finetune.errors import CheckpointError, ConfigError
 from mm_finetune.selection import adapted_layers
+
+pytestmark = pytest.mark.long
 
 VARIANT = {"tied": False, "wide": False}
 BOUND = 128 * 6e-8  # see test_parity
@@ -37,13 +39,11 @@ QUERIES = ["model.layers.0.self_attn.q_proj"]
 LAST = ["model.layers.3.mlp.*"]
 SPREAD = ["k_proj", "down_proj", "visual.*qkv"]
 DROPOUT = {"reference": "lora", "only_gradients": True}
-BY_RATES: dict[str, dict[str, Any]] = {
+CASES: dict[str, dict[str, Any]] = {
     "rates dp4": RATES,
     "rates tp2 pp2": RATES | {"tp": 2, "pp": 2, "llm": [[3, 1]], "recompute": "full"},
     "rates tp2 sp": RATES | {"tp": 2, "sp": True, "packed": True, "dist_opt": False},
     "rates vpp2": RATES | {"pp": 2, "llm": [[1, 1], [1, 1]]},
-}
-CASES: dict[str, dict[str, Any]] = first(BY_RATES, 2) | {
     "new dp4": DROPOUT | {"load": False, "targets": SPREAD},
     "new tp2 pp2 sp": DROPOUT | {"load": False, "tp": 2, "pp": 2, "llm": [[1, 3]], "sp": True, "targets": SPREAD},
     "dropped tp2": DROPOUT | {"tp": 2, "dropout": 0.5, "targets": QUERIES},

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from layouts import ask, first
+from layouts import ask
 
 from mm_finetune.cli import main
 from mm_finetune.config import TrainConfig, load_config
@@ -52,7 +52,7 @@ output: {dir: run}
 """
 LOAD = Load(rows=1, length=2048, loss_tokens=2048, patches=4096, micro_batches=8)
 
-ALL: list[dict[str, Any]] = [
+CASES: list[dict[str, Any]] = [
     {"micro_batches": 1, "tp": 2, "saves": True},
     {"micro_batches": 1, "tp": 2, "sp": True, "recompute": "selective", "packed": False, "rows": 4, "length": 256},
     {"pp": 2, "llm": [[1, 1], [1, 1]], "micro_batches": 4, "dtype": "fp32", "tied": True},
@@ -65,7 +65,6 @@ ALL: list[dict[str, Any]] = [
     {"micro_batches": 1, "middle": False, "family": "qwen2_vl", "saves": True},
     {"micro_batches": 2, "lora": ["q_proj", "v_proj", "down_proj"]},
 ]  # fmt: skip
-CASES = first(ALL, 4)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +74,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, A
     return list(zip(CASES, found, strict=True))
 
 
+@pytest.mark.long
 def test_weights_and_gradients_are_counted_to_the_byte(measured: list[tuple[Any, Any]]) -> None:
     for case, ranks in measured:
         for rank in ranks:
@@ -82,6 +82,7 @@ def test_weights_and_gradients_are_counted_to_the_byte(measured: list[tuple[Any,
             assert rank["planned"]["gradients"] == rank["gradients"], case
 
 
+@pytest.mark.long
 def test_optimizer_state_is_counted_to_the_byte_but_for_padding(measured: list[tuple[Any, Any]]) -> None:
     """Of all data-parallel ranks together: two moments, and the float32 weights of a bfloat16 run."""
     for case, ranks in measured:
@@ -97,6 +98,7 @@ def test_optimizer_state_is_counted_to_the_byte_but_for_padding(measured: list[t
             assert state <= rank["planned"]["optimizer"] <= max(1.01 * state, state + 16384), case
 
 
+@pytest.mark.long
 def test_what_is_kept_and_the_fullest_moment_are_within_a_tenth(measured: list[tuple[Any, Any]]) -> None:
     for case, ranks in measured:
         for rank in ranks:

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from layouts import ask, first
+from layouts import ask
 from preference_reference import STEPS, write_reference
+
+pytestmark = pytest.mark.long
 
 BOUND = 128 * 6e-8
 CURVE = 1e-4
 
-ALL: list[dict[str, Any]] = [
+TWO: list[dict[str, Any]] = [
     {},  # data parallel, one rank with more micro-batches than the other
     {"tp": 2, "sp": True, "packed": True},
     {"pp": 2, "llm": [[1, 3]], "packed": True, "loss": "smooth"},
@@ -25,7 +27,6 @@ ALL: list[dict[str, Any]] = [
     {"tp": 2, "loss": "hinge", "recompute": "full"},
     {"packed": True, "loss": "free"},
 ]
-TWO = first(ALL, 3)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from data_worlds import turns, write
-from layouts import ask, first
+from layouts import ask
 from parity_reference import write_reference
 from test_parity import check
 
@@ -22,15 +22,15 @@ from mm_finetune.cli import main
 from mm_finetune.data.encoder import Encoder, Media
 from mm_finetune.mini import make
 
-ALL: list[dict[str, Any]] = [
+TWO: list[dict[str, Any]] = [
     {"variant": "qwen2_vl", "export": True},
     {"variant": "qwen2_vl", "tp": 2, "sp": True, "packed": True, "recompute": "selective"},
     {"variant": "qwen2_vl", "pp": 2, "llm": [[1, 3]], "packed": True, "export": True},
     {"variant": "qwen2_vl_tied", "tp": 2, "recompute": "full"},
 ]
-TWO = first(ALL, 3)
 
 
+@pytest.mark.long
 def test_equals_transformers(tmp_path: Path) -> None:
     for name, tied in (("qwen2_vl", False), ("qwen2_vl_tied", True)):
         (tmp_path / name).mkdir()

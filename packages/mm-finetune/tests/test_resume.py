@@ -154,6 +154,7 @@ def test_a_signal_saves_and_ends_the_run(number: signal.Signals, world: Path) ->
     assert steps(world / "stopped") == [done, done + 1]
 
 
+@pytest.mark.long
 def test_a_lost_process_ends_the_others_and_the_last_checkpoint_is_whole(world: Path) -> None:
     """``kill -9`` of one of two pipeline stages; what is left goes on in one process."""
     import psutil
