@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from .commands import check, head, preview, stats
 from .commands.numbers import natural, positive
 from .errors import DataFormatError
+from .interrupting import interrupted_later
 
 if TYPE_CHECKING:
     from .report import Report
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from .conversion import can_go_on
+    with interrupted_later():  # half imported, orjson takes the process down
+        from .conversion import can_go_on
 
     try:
         report = _converted(options)
