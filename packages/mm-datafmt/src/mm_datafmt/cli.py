@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with ``argv`` (default: the process's arguments) and return its exit code."""
     try:
         options = _parser().parse_args(argv)
+        with interrupted_later():  # half imported, it takes the process down
+            import orjson  # noqa: F401
         run: Callable[[argparse.Namespace], int] = options.run
         return run(options)
     except KeyboardInterrupt:
@@ -44,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    with interrupted_later():  # half imported, orjson takes the process down
-        from .conversion import can_go_on
+    from .conversion import can_go_on
 
     try:
         report = _converted(options)
