@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mm_datafmt import FormatError, ParseError, RecordError, read
+from mm_datafmt import FORMATS, FormatError, Message, ParseError, RecordError, Sample, read, read_each
+from mm_datafmt.splitting import Place, Run
 
 WriteFile = Callable[..., Path]
 
@@ -205,3 +206,61 @@ def test_a_folder_and_a_missing_file(tmp_path: Path) -> None:
         list(read(tmp_path))
     with pytest.raises(FileNotFoundError):
         list(read(tmp_path / "no"))
+
+
+def test_each_record_has_its_place_whatever_is_wrong_with_others(tmp_path: Path) -> None:
+    path = tmp_path / "f.jsonl"
+    path.write_bytes(b"\n".join([GOOD, b'{"a":', json.dumps({"messages": []}).encode(), b"", GOOD]))
+    first, undecoded, unfit, last = read_each(path)
+    assert isinstance(first, Sample)
+    assert first == last
+    assert isinstance(undecoded, RecordError)
+    assert (undecoded.code, undecoded.record, undecoded.line, undecoded.offset) == ("syntax", 2, 2, len(GOOD) + 1 + 5)
+    assert str(undecoded) == "not valid JSON: Expecting value"
+    assert isinstance(unfit, RecordError)
+    assert (unfit.code, unfit.record, unfit.line, unfit.offset) == ("record", 3, 3, len(GOOD) + 1 + 6)
+    assert str(unfit).startswith("'messages' must be a list")
+
+
+def test_each_record_of_an_array_that_is_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(b"[" + GOOD + b"," + GOOD[:20])
+    whole, rest = read_each(path)
+    assert isinstance(whole, Sample)
+    assert isinstance(rest, RecordError)
+    assert (rest.code, rest.record) == ("truncated", 2)
+    assert "cut short after 1 whole records" in str(rest)
+
+
+def test_each_record_of_a_layout_of_ones_own(write_array: WriteFile) -> None:
+    def parse(value: object) -> Sample:
+        if not isinstance(value, str):
+            raise RecordError("no text")
+        return Sample((Message("user", value),))
+
+    found = list(read_each(write_array(["x", 7]), parse=parse))
+    assert found[0] == Sample((Message("user", "x"),))
+    assert isinstance(found[1], RecordError)
+    assert (str(found[1]), found[1].record) == ("no text", 2)
+
+
+def test_what_is_no_data_set_is_told_of_each_record_too(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"nothing")
+    with pytest.raises(ParseError, match="expected a JSON array"):
+        list(read_each(tmp_path / "f"))
+
+
+def test_places_are_looked_for_once_a_run_however_many_records_are_bad(
+    write_array: WriteFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looking is a scan of the run: for each bad record, it would take the square of the file's length."""
+    looked, places = [], Run.places
+
+    def counted(run: Run) -> list[Place]:
+        looked.append(run.start.number)
+        return places(run)
+
+    monkeypatch.setattr(Run, "places", counted)
+    found = list(read_each(write_array([{"messages": []}] * 500 + [record("x")]), parse=FORMATS["messages"].parse))
+    assert [fault.record for fault in found[:-1] if isinstance(fault, RecordError)] == list(range(1, 501))
+    assert len(looked) == len(set(looked))

@@ -11,6 +11,7 @@
 
     for sample in read("data/train.json"):                                # in constant memory
         print(sample.images, sample.messages[-1].content)
+    bad = [found for found in read_each("raw.json") if isinstance(found, RecordError)]     # no record stops it
 
     image_token_count(640, 480, pixel_cap=262144)                         # 336, from the size alone
 
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from .formats import FORMATS, Format
     from .grounding import rescale_boxes
     from .heads import head
-    from .pipeline import check, read
+    from .pipeline import check, read, read_each
     from .sources import Source
     from .statistics import Statistics, stats
 
@@ -60,6 +61,7 @@ _LATER = {
     "convert": "conversion",
     "check": "pipeline",
     "read": "pipeline",
+    "read_each": "pipeline",
     "Source": "sources",
     "Format": "formats",
     "FORMATS": "formats",
@@ -91,6 +93,7 @@ __all__ = [
     "convert",
     "check",
     "read",
+    "read_each",
     "Sample",
     "Message",
     "Source",
