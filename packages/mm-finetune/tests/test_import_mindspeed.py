@@ -311,6 +311,8 @@ def test_every_target_of_the_tables_is_a_key() -> None:
         ({"run.sh": "torchrun a.py --global-batch-size $GBS"}, r"--global-batch-size \$GBS: this is not a value"),
         ({"run.sh": "torchrun a.py 'x"}, "can't be read"),
         ({"data.json": "[1]"}, "data.json must hold an object"),
+        ({"data.json": "{}"}, "data.json holds no dataset_param, as the data.json of an example does$"),
+        ({"data.json": "{}", "model.json": '{"dataset_param": {}}'}, "model.json does: give it first"),
         ({"model.json": "{"}, "model.json is no JSON"),
     ],
 )

@@ -228,7 +228,7 @@ def test_only_an_empty_folder_or_one_of_ours_is_taken(tmp_path: Path, capsys: py
     (foreign / "letter.txt").write_text("dear")
     with pytest.raises(OutputExistsError, match="was not made by this command"):
         make(foreign, overwrite=True)
-    with pytest.raises(OutputExistsError, match="not a folder"):
+    with pytest.raises(OutputExistsError, match=r"letter\.txt is a file"):
         make(foreign / "letter.txt", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo", "letters"]
 

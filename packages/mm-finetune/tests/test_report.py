@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from mm_finetune.cli import main
-from mm_finetune.curve import running_mean
+from mm_finetune.curve import curve, is_logarithmic, running_mean, short
 from mm_finetune.errors import ConfigError, DataError, OutputExistsError
 from mm_finetune.evaluation.answers import Answer, Evaluation
 from mm_finetune.page import interval
@@ -159,7 +159,7 @@ def test_a_run_that_went_wrong_is_shown_as_well(world: World) -> None:
     lines = (world.run / "metrics.jsonl").read_text().splitlines()[:3]
     lines += ['{"step": 4, "loss": NaN, "lr": 0.0, "tokens": 5, "elapsed_s": 0}']
     (world.run / "metrics.jsonl").write_text("\n".join(lines))
-    assert "nan" in world.write().visible
+    assert "last lossno number" in world.write().visible
 
 
 @pytest.mark.parametrize(("right", "count"), [(0, 1), (0, 300), (258, 300), (300, 300), (3, 7)])
@@ -188,7 +188,7 @@ def test_an_existing_page_is_kept(world: World, capsys: pytest.CaptureFixture[st
         world.write()
 
 
-def test_faults_of_the_run_are_named(world: World) -> None:
+def test_faults_of_the_run_are_named(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = world.run / "metrics.jsonl"
     metrics.write_text('{"step": 1}\n')
     with pytest.raises(DataError, match=r"line 1 is not a step of a run.*loss"):
@@ -203,6 +203,8 @@ def test_faults_of_the_run_are_named(world: World) -> None:
     with pytest.raises(DataError, match=r"metrics\.jsonl does not exist; a run holds"):
         world.write()
     assert not world.output.exists()
+    assert main(["report", str(metrics)]) == 2
+    assert "metrics.jsonl is no folder; give that of a run" in capsys.readouterr().err
 
 
 def test_faults_of_the_settings_are_named(world: World) -> None:
@@ -267,16 +269,21 @@ def test_what_cannot_be_attached_is_named(
     assert not world.output.exists()
 
 
-def test_a_missing_picture_is_named(world: World) -> None:
+def test_pictures_that_are_gone_or_damaged(world: World) -> None:
+    """A page of a finished run can be made after its data set moved."""
     (world.run.parent / "3.png").unlink()
-    with pytest.raises(DataError, match=r"3\.png does not exist"):
-        world.write()
-    assert not world.output.exists()
+    page = world.write()
+    missing = page.visible.count("picture missing")
+    assert missing >= 1
+    assert missing + sum(tag == "img" for tag, _ in page.tags) == 39, "of 40 cards one never had a picture"
+    (world.run.parent / "2.png").write_text("this is no picture")
+    with pytest.raises(DataError, match=r"2\.png"):
+        world.write(overwrite=True)
 
 
 def test_a_missing_library_is_named(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ConfigError, match=r"matplotlib is not installed: pip install 'mm-finetune\[demo\]'"):
+    with pytest.raises(ConfigError, match=r"matplotlib is not installed: pip install 'mm-finetune\[report\]'"):
         world.write()
 
 
@@ -395,3 +402,62 @@ def test_refused_steps_are_listed(world: World) -> None:
     assert page.visible.count(HOSTILE) == 2
     assert not {tag for tag, _ in page.tags} & {"script"}
     assert not [tag for tag, attributes in page.tags if tag == "img" and "onerror" in attributes]
+
+
+def test_settings_that_were_chosen_stand_apart(world: World) -> None:
+    """Batch size has no default, 8 is not LoRA's alpha, and 1e-5 is the learning rate of the recipe as it is."""
+    (world.run / "config.yaml").write_text(
+        "model: {hf_dir: ../Qwen2.5-VL-7B}\ntrain: {steps: 50, global_batch_size: 32, lr: 1.0e-5, freeze: []}\n"
+        "lora: {r: 16, alpha: 8.0}\nparallel: {tp_size: 1}\nelsewhere: {key: true}\n"
+    )
+    report = collect(world.run)
+    assert report.chosen == {
+        "model": {"hf_dir": "../Qwen2.5-VL-7B"},
+        "train": {"steps": 50, "global_batch_size": 32},
+        "lora": {"r": 16, "alpha": 8.0},
+        "elsewhere": {"key": True},
+    }
+    page = world.write()
+    assert "Fine-tuning report: run" in page.visible
+    assert "Qwen2.5-VL-7B · LoRA of rank 16" in page.visible
+    assert "steps20 of 50" in page.visible, "the run did not come to its end"
+    chosen, _, everything = page.visible.partition("All settings")
+    assert "tp_size" in everything
+    assert "tp_size" not in chosen
+    assert "details" in {tag for tag, _ in page.tags}
+
+
+def test_pairs_have_curves_of_their_own(world: World) -> None:
+    rows = [json.loads(line) for line in (world.run / "metrics.jsonl").read_text().splitlines()]
+    noted = [row | {"reward_margin": row["step"] - 3.0, "reward_accuracy": 0.5, "logp_chosen": -9.0} for row in rows]
+    (world.run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in noted))
+    (world.run / "config.yaml").write_text("preference: {loss: ipo}\ntrain: {freeze: ['visual.*']}\n")
+    page = world.write()
+    labels = [attributes.get("aria-label") for _, attributes in page.tags]
+    assert {"Reward margin by step", "Reward accuracy by step"} <= set(labels)
+    assert "without visual.*, ipo on pairs" in page.visible
+
+
+def test_long_answers_fold_and_graded_ones_say_how_right(tmp_path: Path) -> None:
+    world, long = World(tmp_path), "word " * 100 + "<b>end</b>"
+    found = [Answer(image=None, question=long, answer="a", prediction=long, correct=True, score=0.75)]
+    Evaluation(model="m", dataset_dir=tmp_path, answers=found).save(world.after, overwrite=True)
+    write_report(world.run, after=world.after, output=world.output)
+    page = Page(world.output.read_text())
+    assert [tag for tag, _ in page.tags].count("details") == 3, "question, prediction, settings"
+    assert "✓ right (0.75)" in page.visible
+    assert "b" not in {tag for tag, attributes in page.tags if not attributes}
+
+
+def test_curves_take_their_colours_from_the_page_and_any_values() -> None:
+    for values in ([math.nan], [1.0], [math.nan, 2.0, math.nan], [-1.0, 0.0, 5.0], [1e-9, 1e9], [0.0, 0.0]):
+        svg = curve(range(1, 1 + len(values)), values, label="<x>", smooth=True, log=True, percent=len(values) == 1)
+        assert "var(--accent)" in svg
+        assert not re.search(r"(stroke|fill): #", svg)
+        assert 'aria-label="&lt;x&gt; by step"' in svg
+    assert not is_logarithmic([-1.0, 100.0])
+    assert not is_logarithmic([5.0, 6.0])
+    assert is_logarithmic([0.1, math.nan, 5.0])
+    assert [short(value) for value in (0.02, 1e-5, 0, 500, 12_000, 1.5e6, 1e30)] == [
+        "0.02", "1e-05", "0", "500", "12k", "1.5M", "1e+30"
+    ]  # fmt: skip

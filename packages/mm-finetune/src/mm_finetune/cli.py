@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import ModuleType
+from typing import Any
 
 from mm_finetune.commands import check, export, import_mindspeed, infer, mini, plan, report, train
 from mm_finetune.commands import eval as eval_command
@@ -29,23 +31,69 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
+    return _parsers()[0]
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The whole command line, and that of each command."""
     parser = argparse.ArgumentParser(prog="mm-finetune", description="Fine-tune Qwen2.5-VL on megatron-core.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser.add_argument("--version", action=_Version, help="say the version")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    found: dict[str, argparse.ArgumentParser] = {}
     for name, (module, text) in COMMANDS.items():
-        module.add_arguments(commands.add_parser(name, help=text, description=text))
-    return parser
+        found[name] = commands.add_parser(name, help=text, description=text)
+        module.add_arguments(found[name])
+    return parser, found
+
+
+class _Version(argparse.Action):
+    """The installed version, looked up when it is asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, dest=argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *rest: object) -> None:
+        from importlib.metadata import version
+
+        sys.stdout.write(f"mm-finetune {version('mm-finetune')}\n")
+        parser.exit()
+
+
+class _Parser(argparse.ArgumentParser):
+    """Of a command. A flag is written out: a beginning of it may be another one's tomorrow."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Like ``parse_args``, but overrides may also stand after options, where argparse gives up on them."""
-    parser = build_parser()
-    args, rest = parser.parse_known_args(argv)
+    parser, commands = _parsers()
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and not words[0].startswith("-") and words[0] not in commands:
+        parser.error(f"there is no command {words[0]!r}; {_near(words[0], commands)}")
+    args, rest = parser.parse_known_args(words)
+    own = commands[args.command]
     strange = [word for word in rest if word.startswith("-") or not hasattr(args, "overrides")]
     if strange:
-        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+        flag, known = strange[0].partition("=")[0], own._option_string_actions
+        hint = f"; {_near(flag, known)}" if flag.startswith("-") else ""
+        own.error(f"unrecognized arguments: {' '.join(strange)}{hint}")
     if rest:
         args.overrides += rest
     return args
+
+
+def _in_words(error: Exception) -> str:
+    """What the system says of a file, without its numbers; our own words as they are."""
+    if isinstance(error, OSError) and not isinstance(error, FinetuneError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {found[0]}?" if found else f"known: {', '.join(sorted(known))}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,13 +103,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(module.run(args))
     except (FinetuneError, OSError) as error:
-        print(f"mm-finetune: error: {error}", file=sys.stderr)
+        print(f"mm-finetune: error: {_in_words(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         # Under torchrun the signal comes twice: from the terminal and from the launcher.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if process_rank()[0] == 0:
-            print("mm-finetune: interrupted; nothing that looks finished was left", file=sys.stderr)
+            left = getattr(module, "interrupted", lambda args: "nothing that looks finished was left")(args)
+            print(f"mm-finetune: interrupted; {left}", file=sys.stderr)
         return 130
     except Exception:  # noqa: BLE001  # the edge of the command: a defect of ours, shown whole
         traceback.print_exc()

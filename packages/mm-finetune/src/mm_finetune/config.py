@@ -18,6 +18,7 @@ import math
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from mm_finetune.config_sections import (
     PreferenceConfig,
 )
 from mm_finetune.config_tree import build, override, plain
+from mm_finetune.config_yaml import read_yaml
 from mm_finetune.errors import ConfigError
 
 __all__ = [
@@ -147,13 +149,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises:
         ConfigError: lists every unknown key, missing key and wrong value.
     """
-    import yaml
-
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        tree = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no text; give a YAML file: {error}") from error
     except OSError as error:
         raise ConfigError(f"{path} can't be read: {error.strerror}") from error
     if not isinstance(tree, dict):
@@ -163,7 +163,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         tree["preference"] = {"loss": tree["preference"]}
     for text in overrides:
         key, equals, value = text.partition("=")
-        override(tree, ALIASES.get(key, key) + equals + value, TrainConfig, yaml.safe_load)
+        if key == "preference" and value.isalpha() and value != "null":
+            key = "preference.loss"  # as in the file, where a word is short for it
+        try:
+            override(tree, ALIASES.get(key, key) + equals + value, TrainConfig, partial(read_yaml, where=repr(text)))
+        except ConfigError as error:
+            faults.append(str(error))
     config = build(TrainConfig, tree, base=path.absolute().parent, faults=faults)
     _raise(faults)
     return typing.cast(TrainConfig, config)

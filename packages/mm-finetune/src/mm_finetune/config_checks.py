@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mm_finetune.config import DataConfig, OptimizationConfig, TrainConfig
 
+BELOW_ONE = math.nextafter(1, 0)
+
 # Key, smallest, largest.
 BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("train.global_batch_size", 1, math.inf),
     ("train.micro_batch_size", 1, math.inf),
     ("train.warmup_fraction", 0, 1),
     ("train.weight_decay", 0, math.inf),
+    ("train.adam_beta1", 0, BELOW_ONE),
+    ("train.adam_beta2", 0, BELOW_ONE),
+    ("train.adam_eps", 0, math.inf),
     ("train.clip_grad", 0, math.inf),
     ("train.eval_every", 0, math.inf),
     ("train.eval_max_new_tokens", 1, math.inf),
@@ -21,6 +26,7 @@ BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("train.spike_factor", 0, math.inf),
     ("parallel.tp_size", 1, math.inf),
     ("parallel.pp_size", 1, math.inf),
+    ("parallel.vpp_size", 1, math.inf),
     ("data.seq_length", 1, math.inf),
     ("data.max_samples", 1, math.inf),
     ("data.pack_length", 1, math.inf),
@@ -62,15 +68,16 @@ def _bound_faults(config: TrainConfig) -> list[str]:
         section, name = key.split(".")
         value = getattr(getattr(config, section), name, None)
         if value is not None and not low <= value <= high:
-            legal = f"lie between {low} and {high}" if high < math.inf else f"be {low} or more"
+            legal = f"be {low} or more" if high == math.inf else f"lie between {low} and {high}"
+            legal = legal.replace(f"and {BELOW_ONE}", "and 1, and below 1")
             faults.append(f"{key} is {value}; it must {legal}")
     return faults
 
 
 def _value_faults(config: TrainConfig) -> list[str]:
     train, output, faults = config.train, config.output, []
-    if not train.lr > 0:
-        faults.append(f"train.lr is {train.lr}; it must be above 0")
+    if not 0 < train.lr < math.inf:
+        faults.append(f"train.lr is {train.lr}; it must be above 0, and a number such as 1.0e-5")
     if not 0 <= train.min_lr <= train.lr:
         faults.append(f"train.min_lr is {train.min_lr}; it must lie between 0 and train.lr {train.lr}")
     if train.eval_every and config.data.eval_path is None:

@@ -26,6 +26,20 @@ def require_free_file(path: Path, *, overwrite: bool) -> None:
         raise OutputExistsError(f"{path} exists already; add --overwrite to replace it")
 
 
+def require_room(path: Path) -> None:
+    """Refuse a folder that can't be made or written into, before the work that ends there begins.
+
+    Raises:
+        OutputExistsError: something else stands in its way.
+        PermissionError: nothing can be written there.
+    """
+    found = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not found.is_dir():
+        raise OutputExistsError(f"{path} can't be a folder, for {found} is a file; name another one")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise PermissionError(f"{found} can't be written to, so {path} can't be there; name another folder")
+
+
 def write_file(path: Path, text: str, *, overwrite: bool) -> None:
     """Write a file under a temporary name beside it, and rename it when it is complete."""
     require_free_file(path, overwrite=overwrite)
@@ -47,12 +61,10 @@ def require_free_folder(path: Path, *, overwrite: bool, ours: Callable[[Path], b
 
     Raises:
         OutputExistsError: it is not empty and is not to be replaced, or is not ours.
+        PermissionError: nothing can be written there.
     """
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise OutputExistsError(f"{path} exists and is not a folder; name another one")
-    if not any(path.iterdir()):
+    require_room(path)
+    if not path.exists() or not any(path.iterdir()):
         return
     if not ours(path):
         raise OutputExistsError(f"{path} is not empty and was not made by this command; name another folder")

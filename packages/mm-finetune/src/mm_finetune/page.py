@@ -2,84 +2,36 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from mm_finetune.attachments import attachments
-from mm_finetune.curve import curve
-from mm_finetune.evaluation.answers import Answer, Group
+from mm_finetune.cards import cards
+from mm_finetune.curve import curve, is_logarithmic
+from mm_finetune.evaluation.answers import Group
 from mm_finetune.evaluation.metrics import TITLES
-from mm_finetune.images import read_rgb
+from mm_finetune.page_style import POLICY, STYLE
+from mm_finetune.watching.lines import duration
 
 if TYPE_CHECKING:
-    from mm_finetune.report import Case, Report, Stage
+    from mm_finetune.report import Metrics, Report, Stage
 
 MAX_GROUPS = 12
-MAX_STAGES = 5  # answers on a card
 MAX_ANOMALIES, MAX_LISTED = 50, 12
-THUMBNAIL_PIXELS = 224
-# Even if a text slipped through unescaped: no script, no request.
-POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
-
-STYLE = """
-:root { --ink: #1d2430; --soft: #667085; --line: #e4e7ec; --accent: #0b6e69; --wrong: #a8321f; --paper: #fff }
-* { box-sizing: border-box }
-body { margin: 0; background: #f6f7f8; color: var(--ink); font: 16px/1.5 system-ui, "Segoe UI", Roboto, sans-serif }
-main { max-width: 1080px; margin: 0 auto; padding: 2rem 1rem 4rem }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 }
-h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem }
-p { margin: .3rem 0; max-width: 44rem }
-.soft { color: var(--soft) }
-.panel { background: var(--paper); border: 1px solid var(--line); border-radius: 12px; padding: 1.1rem 1.25rem }
-.columns { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)) }
-.headline { display: flex; flex-wrap: wrap; align-items: baseline; gap: .2rem 1rem; margin-bottom: .9rem }
-.headline b { font-size: 3rem; line-height: 1.1; letter-spacing: -.02em; font-variant-numeric: tabular-nums }
-.headline .old { color: var(--soft); font-weight: 500 }
-.headline .new { color: var(--accent) }
-.group { padding: .75rem 0; border-top: 1px solid var(--line); overflow-wrap: anywhere }
-.group h3 { font-size: 1rem; font-weight: 600; margin: 0 0 .3rem }
-.bar { display: grid; grid-template-columns: 3.4rem 1fr 9.5rem; gap: .6rem; align-items: center; font-size: .875rem }
-.track { height: .6rem; border-radius: .3rem; background: #eef0f2; overflow: hidden }
-.track i { display: block; height: 100%; background: #98a2b3 }
-.track i.new { background: var(--accent) }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-figure { margin: 0 } figure.small { max-width: 26rem; margin-bottom: .9rem }
-table.rows { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums }
-table.rows th, table.rows td { text-align: left; padding: .22rem .75rem .22rem 0; vertical-align: top }
-table.rows td { border-top: 1px solid var(--line) } .scroll { overflow-x: auto }
-figure svg { width: 100%; height: auto; display: block }
-figcaption { font-weight: 600; margin-bottom: .4rem } figcaption .soft { font-weight: 400; font-size: .875rem }
-h2 + p { margin: -.4rem 0 .75rem }
-dl.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); gap: .8rem; margin: 0 }
-dl.facts dt, table.settings th, .said dt { color: var(--soft); font-size: .8125rem; font-weight: 400 }
-dl.facts dd { margin: 0; font-size: 1.2rem; font-weight: 600; font-variant-numeric: tabular-nums }
-table.settings { border-collapse: collapse; width: 100%; font-size: .875rem }
-table.settings caption { text-align: left; font-weight: 600; padding-bottom: .25rem }
-table.settings th, table.settings td { text-align: left; padding: .22rem 0; border-top: 1px solid var(--line);
-  vertical-align: top; overflow-wrap: anywhere }
-table.settings th { width: 52%; padding-right: .75rem }
-.cards { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(172px, 1fr));
-  list-style: none; margin: 0; padding: 0 }
-.card { background: var(--paper); border: 1px solid var(--line); border-top: 4px solid var(--accent);
-  border-radius: 10px; padding: .7rem; overflow-wrap: anywhere; font-size: .875rem }
-.card.wrong { border-top: 4px dashed var(--wrong) }
-.card img { width: 100%; aspect-ratio: 1; object-fit: contain; background: #f1f3f5; border-radius: 6px; display: block }
-.card .question { margin: .55rem 0 .35rem; line-height: 1.35 }
-.said { display: grid; grid-template-columns: minmax(3.1rem, max-content) 1fr; gap: .1rem .3rem; margin: 0 }
-.said dd { margin: 0; display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden }
-.verdict { margin: 0 0 .45rem; font-weight: 600; font-size: .8125rem; color: var(--accent) }
-.card.wrong .verdict, .said .wrong { color: var(--wrong) } .said .right { color: var(--accent) }
-.attached img, .attached video { width: 100%; display: block; image-rendering: pixelated; border-radius: 6px }
-@media (max-width: 480px) { .bar { grid-template-columns: 3rem 1fr 8.6rem; gap: .4rem }
-  .cards { grid-template-columns: repeat(2, 1fr) } .headline b { font-size: 2.5rem } }
-@media print { body { background: #fff } .card, .panel { break-inside: avoid } }
-"""
+MANY = 40  # steps from which on a running mean says more than they do
+# Of what a run notes: name, words behind it, and whether it jumps from step to step.
+CURVES: Mapping[str, tuple[str, str, bool]] = {
+    "loss": ("Loss", "nats a token", True),
+    "lr": ("Learning rate", "", False),
+    "grad_norm": ("Gradient norm", "before clipping", True),
+    "tokens_per_second": ("Tokens a second", "", True),
+    "reward_margin": ("Reward margin", "the chosen answer's reward less the rejected one's", True),
+    "reward_accuracy": ("Reward accuracy", "pairs whose chosen answer has the higher reward", True),
+}
+LOGARITHMIC = ("loss", "grad_norm")
 
 
 def page(report: Report) -> str:
@@ -88,21 +40,24 @@ def page(report: Report) -> str:
     Raises:
         DataError: a picture can't be read, or an attachment can't be shown.
     """
+    title = f"{escape(report.name)} · fine-tuning report" if report.name else "Fine-tuning report"
+    labels = [stage.label for stage in report.stages]
+    root = report.stages[-1].evaluation.dataset_dir if report.stages else None
     sections = (
         _header(report),
         _accuracy(report.stages, report.during),
         _training(report),
         _anomalies(report.anomalies),
         attachments(report.attached),
-        _cards("Still wrong at the end", _wrong_words(report), report.wrong, report),
-        _cards("A sample of the rest", "Each question equally often, not picked by hand.", report.sample, report),
+        cards("Still wrong at the end", _wrong_words(report), report.wrong, labels, root),
+        cards("A sample of the rest", "Each question equally often, not picked by hand.", report.sample, labels, root),
         _settings(report),
     )
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Fine-tuning report</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(section for section in sections if section)
         + "\n</main>\n</body>\n</html>\n"
     )
@@ -120,7 +75,11 @@ def interval(right: float, count: int) -> tuple[float, float]:
 def _header(report: Report) -> str:
     ends = [*report.stages[:1], *report.stages[-1:]]
     models = " → ".join(dict.fromkeys(escape(stage.evaluation.model) for stage in ends))
-    return f'<header><h1>Fine-tuning report</h1><p class="soft">{models}</p></header>'
+    words = [escape(text) for text in (report.model, report.method) if text]
+    return (
+        f"<header><h1>Fine-tuning report{': ' + escape(report.name) if report.name else ''}</h1>"
+        f'<p class="soft">{" · ".join(words)}</p>' + (f'<p class="soft">{models}</p>' if models else "") + "</header>"
+    )
 
 
 def _accuracy(stages: Sequence[Stage], during: Sequence[Stage]) -> str:
@@ -131,7 +90,7 @@ def _accuracy(stages: Sequence[Stage], during: Sequence[Stage]) -> str:
     new = last.evaluation.groups
     names = sorted(new, key=lambda name: -new[name].count)[:MAX_GROUPS]
     more = len(new) - len(names)
-    rest = f'<p class="soft">… and {more:,} others.</p>' if more else ""
+    rest = f'<p class="soft small">… and {more:,} others.</p>' if more else ""
     ends = [first, last] if first is not last else [last]
     old = f'<b class="old">{first.evaluation.accuracy:.1%}</b><span aria-hidden="true">→</span>'
     return (
@@ -140,10 +99,15 @@ def _accuracy(stages: Sequence[Stage], during: Sequence[Stage]) -> str:
         f'<b class="new">{last.evaluation.accuracy:.1%}</b>'
         f'<span class="soft">{" → ".join(stage.label for stage in ends)},'
         f" of {len(last.evaluation.answers):,} records</span></div>"
-        + _over_time(during)
         + "".join(_group(name, ends) for name in names)
-        + f'{rest}<p class="soft">In brackets: 95 % interval (Wilson).</p></section>'
+        + f'{rest}<p class="soft small">In brackets: 95 % interval (Wilson).{_left_out(last)}</p></section>'
+        + _over_time(during)
     )
+
+
+def _left_out(stage: Stage) -> str:
+    failures = stage.evaluation.failures
+    return f" {len(failures):,} records could not be asked and are not counted." if failures else ""
 
 
 def _over_time(during: Sequence[Stage]) -> str:
@@ -152,13 +116,16 @@ def _over_time(during: Sequence[Stage]) -> str:
     scores = [stage.evaluation.accuracy for stage in during]
     losses = [math.nan if stage.evaluation.loss is None else stage.evaluation.loss for stage in during]
     exact = bool(during) and during[-1].evaluation.metric == "exact"
-    drawn = [("Share of right answers" if exact else "Score", scores), ("Loss of the right answers", losses)]
+    drawn = [
+        ("Share of right answers" if exact else "Score", "", scores, True),
+        ("Loss of the right answers", "nats a token", losses, False),
+    ]
     figures = "".join(
-        f'<figure class="small">{curve(steps, values, label=name)}<figcaption class="soft">{name}</figcaption></figure>'
-        for name, values in drawn
+        _figure(name, unit, curve(steps, values, label=name, percent=percent))
+        for name, unit, values, percent in drawn
         if len(steps) > 1 and all(map(math.isfinite, values))
     )
-    return f'<div class="columns">{figures}</div>' if figures else ""
+    return f'<div class="curves">{figures}</div>' if figures else ""
 
 
 def _group(name: str, ends: Sequence[Stage]) -> str:
@@ -183,24 +150,30 @@ def _bar(label: str, style: str, group: Group) -> str:
 
 def _training(report: Report) -> str:
     metrics = report.metrics
-    minutes, seconds = divmod(round(metrics.seconds), 60)
+    done, planned = metrics.steps[-1], report.planned
     facts = {
-        "steps": f"{metrics.steps[-1]:,}",
-        "last loss": f"{metrics.loss[-1]:.3f}",
+        "steps": f"{done:,} of {planned:,}" if planned and planned != done else f"{done:,}",
+        "last loss": f"{metrics.loss[-1]:.3f}" if math.isfinite(metrics.loss[-1]) else "no number",
         "tokens": f"{metrics.tokens:,}",
-        "time": f"{minutes}:{seconds:02d} min",
-        "tokens a second": f"{metrics.tokens / metrics.seconds:,.0f}" if metrics.seconds else "–",
+        "time": f"{duration(metrics.seconds)} {'h' if metrics.seconds >= 3600 else 'min'}",
+        "tokens a second": _rate(metrics),
     }
-    facts |= {name: f"{_middle(values):.1%}" for name, values in _shares(report) if values}
+    shares = (("median MFU", metrics.mfu), ("median data wait", metrics.data_wait))
+    facts |= {name: f"{_middle(values):.1%}" for name, values in shares if values}
+    if metrics.memory_gib:
+        facts["memory of rank 0"] = f"{max(value for value in metrics.memory_gib if math.isfinite(value)):.1f} GiB"
     items = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
     return (
         f'<h2>Training</h2><section class="panel"><dl class="facts">{items}</dl></section>'
-        f'<div class="columns" style="margin-top:1rem">{_curves(report)}</div>'
+        f'<div class="curves">{_curves(report)}</div>'
     )
 
 
-def _shares(report: Report) -> tuple[tuple[str, Sequence[float]], ...]:
-    return ("median MFU", report.metrics.mfu), ("median data wait", report.metrics.data_wait)
+def _rate(metrics: Metrics) -> str:
+    """The median of the steps, so that evaluations and a slow first step don't count; else the mean."""
+    if metrics.tokens_per_second:
+        return f"{_middle(metrics.tokens_per_second):,.0f}"
+    return f"{metrics.tokens / metrics.seconds:,.0f}" if metrics.seconds else "–"
 
 
 def _middle(values: Sequence[float]) -> float:
@@ -210,28 +183,49 @@ def _middle(values: Sequence[float]) -> float:
 def _curves(report: Report) -> str:
     """Loss, learning rate, and whatever else the run noted."""
     metrics = report.metrics
-    noted = '<span class="soft">(grey: each step; line: running mean)</span>'
-    drawn = [
-        (f"Loss {noted}", curve(metrics.steps, metrics.loss, label="Loss", smooth=True, log=True)),
-        ("Learning rate", curve(metrics.steps, metrics.lr, label="Learning rate")),
-    ]
-    for name, values in (("Gradient norm", metrics.grad_norm), ("Tokens a second", metrics.tokens_per_second)):
-        if values:
-            drawn.append((name, curve(metrics.steps, values, label=name, smooth=True, log=name == "Gradient norm")))
-    return "".join(
-        f'<figure class="panel"><figcaption>{name}</figcaption>{svg}</figure>' for name, svg in drawn
-    )  # fmt: skip
+    long = len(metrics.steps) >= MANY
+    noted = {
+        "loss": metrics.loss, "lr": metrics.lr, "grad_norm": metrics.grad_norm,
+        "tokens_per_second": metrics.tokens_per_second, **metrics.more,
+    }  # fmt: skip
+    refused = [int(row["step"]) for row in report.anomalies if isinstance(row.get("step"), int)]
+    figures = []
+    for key, (name, unit, jumps) in CURVES.items():
+        values = noted.get(key, ())
+        if not values:
+            continue
+        log = key in LOGARITHMIC
+        words = [
+            "of a pair" if key == "loss" and metrics.more else unit,
+            "logarithmic" if log and is_logarithmic(values) else "",
+            "line: running mean" if long and jumps else "",
+            "red: refused steps" if refused and key == "loss" else "",
+        ]
+        svg = curve(
+            metrics.steps, values, label=name, smooth=long and jumps, log=log, percent=key == "reward_accuracy",
+            marked=refused if key == "loss" else (),
+        )  # fmt: skip
+        figures.append(_figure(name, "; ".join(filter(None, words)), svg))
+    return "".join(figures)
+
+
+def _figure(name: str, words: str, svg: str) -> str:
+    words = f' <span class="soft">{words}</span>' if words else ""
+    return f'<figure class="panel"><figcaption>{name}{words}</figcaption>{svg}</figure>'
 
 
 def _anomalies(rows: Sequence[dict[str, Any]]) -> str:
     if not rows:
         return ""
     shown = "".join(_anomaly(row) for row in rows[:MAX_ANOMALIES])
-    words = f"{len(rows):,} steps left the weights as they were; {min(len(rows), MAX_ANOMALIES)} of them are shown."
+    shown_words = (
+        f"{len(rows):,} steps left the weights as they were; {min(len(rows), MAX_ANOMALIES)} of them are shown."
+    )
+    words = "One step left the weights as they were." if len(rows) == 1 else shown_words
     heads = "".join(f'<th scope="col">{name}</th>' for name in ("step", "what", "loss", "gradient norm", "records"))
     return (
         f'<h2>Refused steps</h2><p class="soft">{words}</p><section class="panel scroll">'
-        f'<table class="rows"><thead><tr>{heads}</tr></thead><tbody>{shown}</tbody></table></section>'
+        f"<table><thead><tr>{heads}</tr></thead><tbody>{shown}</tbody></table></section>"
     )
 
 
@@ -246,63 +240,43 @@ def _anomaly(row: dict[str, Any]) -> str:
 
 
 def _settings(report: Report) -> str:
-    panels = "".join(
-        '<div class="panel"><table class="settings">'
-        f"<caption>{escape(str(section))}</caption>{_rows(values.items())}</table></div>"
-        for section, values in report.settings.items()
+    if not report.settings:
+        return ""
+    chosen = _panels(report.chosen)
+    return (
+        '<h2>Settings</h2><p class="soft">What differs from the defaults.</p>'
+        f'<section class="columns">{chosen}</section>'
+        '<details class="fold"><summary>All settings</summary>'
+        f'<section class="columns">{_panels(report.settings)}</section></details>'
     )
-    return f'<h2>Settings</h2><section class="columns">{panels}</section>'
+
+
+def _panels(sections: Mapping[str, Mapping[str, Any]]) -> str:
+    return "".join(
+        f'<div class="panel"><table class="settings"><caption>{escape(str(section))}</caption>'
+        f"{_rows(values.items())}</table></div>"
+        for section, values in sections.items()
+    )
 
 
 def _rows(items: Iterable[tuple[str, object]]) -> str:
     return "".join(
-        f'<tr><th scope="row">{escape(str(key))}</th><td>{escape("–" if value is None else str(value))}</td></tr>'
-        for key, value in items
+        f'<tr><th scope="row">{escape(str(key))}</th><td>{escape(_setting(value))}</td></tr>' for key, value in items
     )
+
+
+def _setting(value: object) -> str:
+    """A value as one would write it in the YAML file."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return ", ".join(map(_setting, value)) or "–"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_setting(item)}" for key, item in value.items()) or "–"
+    return "–" if value is None else str(value)
 
 
 def _wrong_words(report: Report) -> str:
     answers = report.stages[-1].evaluation.answers if report.stages else ()
     wrong = sum(not answer.correct for answer in answers)
     return f"{wrong:,} of {len(answers):,} records; {len(report.wrong)} of them are shown."
-
-
-def _cards(title: str, words: str, cases: Sequence[Case], report: Report) -> str:
-    if not cases:
-        return ""
-    root, labels = report.stages[-1].evaluation.dataset_dir, [stage.label for stage in report.stages]
-    cards = "".join(_card(case, labels, root) for case in cases)
-    return f'<h2>{title}</h2><p class="soft">{words}</p><ul class="cards">{cards}</ul>'
-
-
-def _card(case: Case, labels: Sequence[str], root: Path) -> str:
-    last = case.last
-    picture = "" if last.image is None else f'<img alt="" loading="lazy" src="{_data_uri(root / last.image)}">'
-    kind, verdict = ("", "✓ right") if last.correct else (" wrong", "✗ wrong")
-    said = "".join(f"<dt>{labels[n]}</dt><dd>{_said(case.answers[n])}</dd>" for n in _few(len(labels)))
-    return (
-        f'<li class="card{kind}"><p class="verdict">{verdict}</p>{picture}'
-        f'<p class="question">{escape(last.question)}</p><dl class="said">'
-        f"<dt>answer</dt><dd>{escape(last.answer)}</dd>{said}</dl></li>"
-    )
-
-
-def _few(count: int) -> list[int]:
-    """The first, the last, and some between, evenly."""
-    if count <= MAX_STAGES:
-        return list(range(count))
-    return [round(place * (count - 1) / (MAX_STAGES - 1)) for place in range(MAX_STAGES)]
-
-
-def _said(answer: Answer) -> str:
-    kind, mark = ("right", "✓") if answer.correct else ("wrong", "✗")
-    text = escape(answer.prediction) or '<span class="soft">(nothing)</span>'
-    return f'<span class="{kind}" role="img" aria-label="{kind}:">{mark}</span>&nbsp;{text}'
-
-
-def _data_uri(path: Path) -> str:
-    picture = read_rgb(path)
-    picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

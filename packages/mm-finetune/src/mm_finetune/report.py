@@ -8,14 +8,18 @@ Evaluations during the run, ``RUN/evals/step_0000100.json``, stand between the t
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mm_finetune.config import TrainConfig
+from mm_finetune.config_tree import section_of
 from mm_finetune.errors import DataError
 from mm_finetune.evaluation.answers import Answer, Evaluation
 from mm_finetune.output import require_free_file, write_file
@@ -27,12 +31,15 @@ MAX_SHOWN = 40
 
 # What a row of metrics.jsonl must have, and what is drawn where it has it.
 NEEDED = ("step", "loss", "lr", "tokens", "elapsed_s")
-OPTIONAL = ("grad_norm", "tokens_per_second", "mfu", "data_wait")
+OPTIONAL = ("grad_norm", "tokens_per_second", "mfu", "data_wait", "memory_gib")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """What the page shows of ``metrics.jsonl``: a value for each step; NaN where there is none."""
+    """What the page shows of ``metrics.jsonl``: a value for each step; NaN where there is none.
+
+    `more` is what the objective noted besides: ``reward_…``.
+    """
 
     steps: Sequence[int]
     loss: Sequence[float]
@@ -41,6 +48,8 @@ class Metrics:
     tokens_per_second: Sequence[float] = ()
     mfu: Sequence[float] = ()
     data_wait: Sequence[float] = ()
+    memory_gib: Sequence[float] = ()
+    more: Mapping[str, Sequence[float]] = field(default_factory=dict)
     tokens: int
     seconds: float
 
@@ -71,6 +80,7 @@ class Report:
     """Everything that the page is made of.
 
     Attributes:
+        name: of the run's folder.
         settings: ``config.yaml``: sections with keys.
         anomalies: the lines of ``anomalies.jsonl``: steps that were refused.
         stages: evaluations of the same records, in order; there may be none.
@@ -80,6 +90,7 @@ class Report:
         attached: pictures and videos of other commands.
     """
 
+    name: str = ""
     metrics: Metrics
     settings: dict[str, dict[str, Any]]
     anomalies: Sequence[dict[str, Any]] = ()
@@ -88,6 +99,48 @@ class Report:
     wrong: Sequence[Case] = ()
     sample: Sequence[Case] = ()
     attached: Sequence[Path] = ()
+
+    @property
+    def planned(self) -> int | None:
+        """Steps that the run was to have."""
+        steps = self.settings.get("train", {}).get("steps")
+        return steps if isinstance(steps, int) else None
+
+    @property
+    def model(self) -> str:
+        """Name of the model's folder."""
+        return Path(str(self.settings.get("model", {}).get("hf_dir", ""))).name
+
+    @property
+    def method(self) -> str:
+        """What trained, and on what objective."""
+        lora, preference = self.settings.get("lora"), self.settings.get("preference")
+        frozen = self.settings.get("train", {}).get("freeze") or []
+        words = [
+            f"LoRA of rank {lora.get('r')}" if lora else "without " + ", ".join(frozen) if frozen else "all weights"
+        ]
+        return ", ".join([*words, f"{preference.get('loss')} on pairs"] if preference else words)
+
+    @property
+    def chosen(self) -> dict[str, dict[str, Any]]:
+        """The settings that are not as they are by default."""
+        found = {section: _chosen(section, values) for section, values in self.settings.items()}
+        return {section: values for section, values in found.items() if values}
+
+
+def _chosen(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    known = typing.get_type_hints(TrainConfig)
+    kind = section_of(TrainConfig, section) if section in known else None
+    if kind is None:
+        return dict(values)
+    usual = {item.name: _default(item) for item in dataclasses.fields(kind)}
+    return {key: value for key, value in values.items() if key not in usual or value != usual[key]}
+
+
+def _default(item: dataclasses.Field[Any]) -> Any:
+    """A default as YAML has it; of a key that must be given, nothing is equal to it."""
+    value = item.default if item.default_factory is MISSING else item.default_factory()
+    return list(value) if isinstance(value, tuple) else value
 
 
 def write_report(
@@ -114,6 +167,8 @@ def write_report(
         DataError: a file is missing, is not what it should be, or the evaluations are of different records.
     """
     output = Path(output)
+    if not Path(run).is_dir():
+        raise DataError(f"{run} is no folder; give that of a run (output.dir), with config.yaml and metrics.jsonl")
     require_free_file(output, overwrite=overwrite)
     report = collect(Path(run), before=_path(before), after=_path(after))
     report = replace(report, attached=tuple(attach))
@@ -130,8 +185,8 @@ def collect(run: Path, *, before: Path | None = None, after: Path | None = None)
     wrong = _spread([case for case in cases if not case.last.correct], MAX_WRONG)
     sample = _spread(cases, MAX_SHOWN - len(wrong), without=wrong)
     return Report(
-        metrics=metrics, settings=settings, anomalies=anomalies, stages=stages, during=during, wrong=wrong,
-        sample=sample,
+        name=run.resolve().name, metrics=metrics, settings=settings, anomalies=anomalies, stages=stages,
+        during=during, wrong=wrong, sample=sample,
     )  # fmt: skip
 
 
@@ -182,7 +237,8 @@ def read_metrics(path: Path) -> Metrics:
     Raises:
         DataError: it is missing or empty, or a line is not a step.
     """
-    rows = [_row(path, number, value) for number, value in _json_lines(_present(path))]
+    found = _json_lines(_present(path))
+    rows = [_row(path, number, value) for number, value in found]
     if not rows:
         raise DataError(f"{path} holds no step; the run has not trained")
     optional = {key: [row[key] for row in rows] for key in OPTIONAL if any(math.isfinite(row[key]) for row in rows)}
@@ -192,8 +248,18 @@ def read_metrics(path: Path) -> Metrics:
         lr=[row["lr"] for row in rows],
         tokens=int(sum(row["tokens"] for row in rows)),
         seconds=rows[-1]["elapsed_s"],
+        more=_more([value for _, value in found]),
         **optional,
     )
+
+
+def _more(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    names = dict.fromkeys(key for row in rows for key in row if key.startswith("reward_"))
+    found = {name: [row.get(name) for row in rows] for name in names}
+    return {
+        name: [float(value) if isinstance(value, (int, float)) else math.nan for value in values]
+        for name, values in found.items()
+    }
 
 
 def _json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,14 @@ def run(args: argparse.Namespace) -> int:
     from mm_finetune.evaluation.prompts import limits_of
     from mm_finetune.evaluation.questions import question_of
 
-    if args.max_new_tokens < 1 or args.temperature < 0:
-        raise ConfigError(f"--max_new_tokens {args.max_new_tokens} must be 1 or more, --temperature 0 or more")
+    if args.max_new_tokens < 1:
+        raise ConfigError(f"--max_new_tokens is {args.max_new_tokens}; it must be 1 or more")
+    if not 0 <= args.temperature < inf:
+        raise ConfigError(f"--temperature is {args.temperature}; it must be 0 or more")
+    if not 0 <= args.seed < 2**63:
+        raise ConfigError(f"--seed is {args.seed}; it must lie between 0 and {2**63 - 1}")
+    if not args.question.strip():
+        raise ConfigError("the question is empty; ask something, in quotation marks")
     if args.stream and args.json:
         raise ConfigError("--stream and --json exclude each other")
     logging.disable_progress_bar()

@@ -6,6 +6,10 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mm_finetune.training import PreparedRun
 
 # The first process that fails makes torchrun end the others: rank 0 must be it, or its words are never said.
 WAITS_SECONDS = 15
@@ -60,11 +64,16 @@ def run(args: argparse.Namespace) -> int:
         if args.print_config:
             sys.stdout.write(config.as_yaml() if rank == 0 else "")
             return 0
+        from mm_finetune.output import require_room
         from mm_finetune.training import prepare
 
+        require_room(config.output.dir)
         prepared = prepare(config, world_size=world_size)
     except (FinetuneError, OSError) as error:
         return leave_it_to_the_first(rank, error)
+    if rank == 0:
+        sys.stdout.writelines(f"{note}\n" for note in notes(prepared))
+        sys.stdout.flush()
     from mm_finetune.training import train
 
     try:
@@ -80,6 +89,32 @@ def run(args: argparse.Namespace) -> int:
     if rank == 0:
         sys.stdout.write(f"checkpoint: {folder}\n")
     return 0
+
+
+def notes(run: PreparedRun) -> list[str]:
+    """What is no fault, and may not be what was meant."""
+    config, records = run.config, len(run.dataset.index.usable)
+    said = []
+    if run.first_step > config.train.steps:
+        said.append(f"all {config.train.steps} steps are done; for more of them raise train.steps")
+    if config.train.global_batch_size > records:
+        said.append(
+            f"train.global_batch_size {config.train.global_batch_size} is above the {records} record(s) there are: a"
+            " step sees some of them several times"
+        )
+    return said
+
+
+def interrupted(args: argparse.Namespace) -> str:
+    """What is told after Ctrl-C."""
+    from mm_finetune.config import load_config
+    from mm_finetune.errors import FinetuneError
+    from mm_finetune.run_folder import left_by
+
+    try:
+        return left_by(load_config(args.config, [*args.overrides, *args.flags]))
+    except (FinetuneError, OSError):
+        return "nothing has begun"
 
 
 def leave_it_to_the_first(rank: int, error: Exception) -> int:

@@ -69,6 +69,9 @@ def import_example(data: str | Path, model: str | Path, script: str | Path, *, b
     """
     flags = training_arguments(_text(Path(script)))
     fields_of_data, fields_of_model = _json(Path(data)), _json(Path(model))
+    if "dataset_param" not in fields_of_data:
+        where = f"; {model} does: give it first" if "dataset_param" in fields_of_model else ""
+        raise DataError(f"{data} holds no dataset_param, as the data.json of an example does{where}")
     found: dict[str, Any] = {}
     remarks = [
         *_flag_keys(flags, found),

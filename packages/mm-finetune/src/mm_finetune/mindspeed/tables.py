@@ -113,7 +113,7 @@ FLAGS: dict[str, Rule] = {
     "--eval-iters": _VALIDATION,
     "--distributed-timeout-minutes": Words("missing", "torch's own time limit holds"),
     "--lora-apply-modules": Words("missing", "lora.target_modules takes patterns over the published names"),
-    "--lora-mixed-training": Words("missing", "with lora, everything else is frozen"),
+    "--lora-mixed-training": Words("missing", "lora.modules_to_save names what trains in full beside the adapters"),
     "--load-base-model": Words("same", "model.load is the base model, the adapter is made anew"),
     "--recompute-method": Words("missing", "train.recompute full computes every layer again", ("uniform", "block")),
     "--recompute-num-layers": Words("missing", "train.recompute full computes every layer again"),
