@@ -71,6 +71,32 @@ def test_a_bad_record_is_counted_and_told_and_stops_nothing(
     assert [path.name for path in data.parent.iterdir() if "answers" in path.name] == [], "it goes when all is written"
 
 
+def test_what_is_no_record_is_left_out_like_any_other(
+    lively: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second, *_ = json.loads(data.read_text())
+    lines, output = data.with_name("records.jsonl"), data.parent / "out.json"
+    lines.write_text("\n".join([json.dumps(first), '{"messages": [', '{"messages": []}', json.dumps(second)]))
+    assert main(options(lively, lines, output)) == 1
+    assert "2 records could not be asked and are not counted" in capsys.readouterr().out
+    unread, unfit = json.loads(output.read_text())["failures"]
+    assert unread == {"number": 2, "reason": "not valid JSON: Expecting value (line 2)"}
+    assert (unfit["number"], unfit["reason"].partition(",")[0]) == (3, "'messages' must be a list of at least one turn")
+    assert [sample["answer"] for sample in json.loads(output.read_text())["samples"]] == ["7", "wet"]
+
+
+def test_nothing_is_left_of_an_evaluation_of_nothing(
+    lively: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else the next one, of a repaired data set, would be asked to go on with it."""
+    damaged = write_records(data.parent / "damaged.json", [Sample((Message("user", "<image>\nWhat?"),
+                            Message("assistant", "x")), ("cut.png",))])  # fmt: skip
+    output = data.parent / "out.json"
+    assert main(options(lively, damaged, output)) == 2
+    assert "no record can be asked; the first one: " in capsys.readouterr().err
+    assert [path.name for path in data.parent.iterdir() if path.name.startswith("out.json")] == []
+
+
 class PluggedOutError(Exception):
     """The machine goes away."""
 
@@ -178,7 +204,16 @@ def test_one_question(mini: Path, lively: Path, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out == drawn, "the same seed draws the same"
     assert main(["infer", str(lively), "--image", "none.png", "Which?"]) == 2
     assert "none.png does not exist" in capsys.readouterr().err
-    assert main(["infer", str(lively), "See <image>", "--temperature", "-1"]) == 2
+    capsys.readouterr()
+    for words, message in (
+        (["See", "--temperature", "-1"], "--temperature is -1.0; it must be 0 or more"),
+        (["See", "--temperature", "nan"], "--temperature is nan; it must be 0 or more"),
+        (["See", "--seed", str(2**64)], f"--seed is {2**64}; it must lie between 0 and"),
+        (["See", "--max_new_tokens", "0"], "--max_new_tokens is 0; it must be 1 or more"),
+        ([" "], "the question is empty"),
+    ):
+        assert main(["infer", str(lively), *words]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_pictures_are_those_of_the_training_run(mini: Path, lively: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from mm_finetune.errors import CheckpointError, ConfigError, DataError, OutputEx
 from mm_finetune.evaluation import Answerer, Evaluation, Prompt, evaluate, load_model
 from mm_finetune.evaluation.records import question_of
 from mm_finetune.rope import mrope_positions
+from mm_finetune.videos import VideoInputs
 
 NEW_TOKENS = 4
 
@@ -63,6 +64,27 @@ def test_batched_answers_are_those_of_a_plain_loop(mini: Path, lively: Path) -> 
     assert answerer.answer(prompts) == expected
     assert [answerer.answer([prompt])[0] for prompt in prompts] == expected
     assert answerer.answer(prompts[::-1]) == expected[::-1]
+
+
+def test_a_long_video_stands_where_it_stood_in_training(mini: Path, lively: Path) -> None:
+    """Four steps of 5 s each, 2 x 2 merged patches; beside a prompt of another length: one is padded on the left."""
+    answerer = Answerer(lively, max_new_tokens=2)
+    config, grid, seconds = answerer.model.config, (4, 4, 4), (5.0,)
+    ids = [5, 6, *[config.video_token_id] * 16, 7]
+    positions = answerer.prompts.encoder.positions(ids, (), [grid], seconds)
+    assert positions[:, -1].tolist() == [int(positions[:, :-1].max()) + 1] * 3
+    film = VideoInputs(torch.zeros(64, 1176), torch.tensor([grid]), seconds)
+    asked = [
+        Prompt(input_ids=ids, positions=positions, videos=film),
+        prompt_of(answerer, samples(mini)[1], mini / "data/images"),
+    ]
+    seen: list[torch.Tensor] = []
+    text = answerer.model.model.language_model
+    text.register_forward_pre_hook(lambda _, __, given: seen.append(given["position_ids"]), with_kwargs=True)
+    answerer.answer(asked)
+    for row, prompt in enumerate(asked):
+        assert torch.equal(seen[0][-3:, row, -len(prompt.input_ids) :], prompt.positions)
+        assert seen[1][-3:, row, 0].tolist() == (prompt.positions[:, -1] + 1).tolist()
 
 
 def test_settings_of_the_folder_do_not_change_the_answers(mini: Path, lively: Path, tmp_path: Path) -> None:

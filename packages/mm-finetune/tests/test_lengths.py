@@ -149,6 +149,18 @@ def test_bad_records_are_skipped_up_to_a_ratio_and_reported(tmp_path: Path, mini
         dataset(replace(config, max_bad_ratio=0.5), mini).check()
 
 
+def test_what_is_no_record_is_a_bad_record(tmp_path: Path, mini: Path) -> None:
+    config = world(tmp_path / "data", count=2)
+    first, second = map(json.dumps, json.loads(config.path.read_text()))
+    config.path.write_text("[" + ",\n".join([first, '{"messages": [}', '{"messages": []}', second]) + "]")
+    said = r"record 1: not valid JSON: .*\(line 2\); record 2: 'messages' must be a list.*; .* data\.on_bad: skip"
+    with pytest.raises(DataError, match=said):
+        dataset(config, mini).check()
+    records = dataset(replace(config, on_bad="skip", max_bad_ratio=0.5), mini)
+    assert records.check().records == {1, 2}
+    assert records.index.usable.tolist() == [0, 3]
+
+
 def test_a_missing_picture_is_named_with_what_to_do(config: DataConfig, mini: Path) -> None:
     (config.path.parent / "1-0.png").unlink()
     with pytest.raises(DataError, match=r"pictures missing: .*1-0\.png \(record 1\); is data\.dataset_dir right"):

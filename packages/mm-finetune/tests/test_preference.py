@@ -181,6 +181,27 @@ def test_without_a_reference_there_is_no_pass_for_it(config: Path, passes: list[
     assert rows(config)[0]["reward_chosen"] == pytest.approx(0.1 * rows(config)[0]["logp_chosen"])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([], ["loss 0.6931,", "every margin is 0 and the loss of a pair is ln 2 = 0.6931", "reward_margin 0.0000"]),
+        (["preference.loss=ipo"], ["loss 25.0000,", "1 / (2 beta)^2 = 25"]),
+        (["preference.loss=hinge", "preference.reference_free=true"], ["hinge without a reference: reward_margin "]),
+    ],
+)
+def test_check_tries_the_objective_that_will_be_trained(
+    overrides: list[str], words: list[str], config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", str(config), *overrides]) == 0
+    said = capsys.readouterr().out
+    for word in words:
+        assert word in said
+    assert not list((config.parent / "cache").glob("reference-*"))
+    assert main(["train", str(config), "train.steps=1", *overrides]) == 0
+    assert f"first batch: loss {rows(config)[0]['loss']:.4f}," in said
+    assert f"logp_chosen {rows(config)[0]['logp_chosen']:.4f}" in said
+
+
 def test_an_adapter_is_measured_by_its_base(config: Path, passes: list[int]) -> None:
     """A new adapter adds nothing, so its reference is the one that a full run has left."""
     assert main(["train", str(config), "train.steps=1"]) == 0

@@ -157,7 +157,7 @@ def test_a_pair_is_both_conversations_with_all_pictures(config: DataConfig, mini
             ids, labels = single(sample, answer, records, number)
             assert sequence.input_ids.tolist() == ids
             assert sequence.labels.tolist() == labels
-            alone = records.encoder._positions(ids, records.index.media(number).images, (), ())
+            alone = records.encoder.positions(ids, records.index.media(number).images, (), ())
             assert torch.equal(sequence.positions, alone)
             assert sequence.images is both.images, "decoded once, used twice"
         assert int(records.index.tokens[number]) == sum(both.lengths) == len(both.input_ids)

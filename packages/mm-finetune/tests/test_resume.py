@@ -12,7 +12,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,9 @@ from mm_convert import Converter, Layout
 from mm_datafmt import convert
 from mm_finetune.checkpointing import files
 from mm_finetune.cli import main
+from mm_finetune.engine.step import Trainer
+from mm_finetune.evaluation import Evaluation
+from mm_finetune.evaluation.during import Evaluator
 from mm_finetune.mini import make
 
 SMALL = [
@@ -326,6 +331,50 @@ def test_without_the_optimizer(world: Path, capsys: pytest.CaptureFixture[str]) 
     state = json.loads(state_file(world).with_name("state.json").read_text())
     assert state["step"] == 2
     assert differing(tensors(world / "light", 3), tensors(world / "run", 3)) == []
+
+
+def test_ctrl_c_says_what_is_saved_and_what_is_lost(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, handler = Trainer.step, signal.getsignal(signal.SIGINT)
+
+    def interrupted(trainer: Trainer, *given: Any) -> Any:
+        if len(rows(world / "run")) == 5:
+            raise KeyboardInterrupt
+        return step(trainer, *given)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    try:
+        assert main(resumed(world, "output.save_every=3")) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"mm-finetune: interrupted; {world}/run holds the checkpoint of step 3; output.resume=true goes on from there,"
+        " steps 4 to 5 have to be done again"
+    )
+    monkeypatch.undo()
+    assert main(resumed(world)) == 0
+    same_as_straight(world)
+
+
+def test_the_best_by_evaluation_stays_though_newer_ones_come(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the run goes on; a checkpoint between evaluations has no score and is no candidate."""
+    scores = {2: 0.25, 4: 0.75, 5: 0.5, 6: 0.5, 7: 0.25}
+    evaluate = Evaluator._evaluate
+
+    def scored(evaluator: Evaluator, step: int, trainer: Trainer) -> Evaluation:
+        found = evaluate(evaluator, step, trainer)
+        return replace(found, answers=[replace(answer, score=scores[step]) for answer in found.answers])
+
+    monkeypatch.setattr(Evaluator, "_evaluate", scored)
+    often = ["train.eval_every=2", "train.eval_max_new_tokens=1", "data.eval_samples=1"]
+    best = ["output.save_every=1", "output.keep_last=1", "output.keep_best=1", "output.async_save=false"]
+    kept = [*often, f"data.eval_path={world}/data/train.json", *best]
+    assert main(arguments(world, "best", *kept, "train.steps=5", "train.warmup_fraction=0")) == 0
+    assert steps(world / "best") == [4, 5]
+    more = ["train.steps=7", "train.warmup_fraction=0", "output.resume=true"]
+    assert main(arguments(world, "best", *kept, *more)) == 0
+    assert steps(world / "best") == [4, 7]
 
 
 def test_the_best_and_the_newest_stay(world: Path) -> None:

@@ -96,8 +96,8 @@ def test_pictures_and_videos_equal_transformers(
     assert torch.equal(ours, expected[:, 0].long())
 
 
-def test_text_behind_a_long_video_goes_on_after_its_last_moment() -> None:
-    """Published rule: behind the largest of all three axes. transformers 5.24 looks at rows and columns alone."""
+def test_text_behind_a_long_video_goes_on_after_its_last_moment(model: Any) -> None:
+    """As transformers 4 documents it ("the max vision position_ids plus 1") and vLLM does; transformers 5 does not."""
     ids = [3, *[VIDEO] * (3 * 4), 4]
     positions = mrope_positions(
         ids, torch.zeros(0, 3, dtype=torch.long), image_token_id=IMAGE, video_grid_thw=torch.tensor([[3, 4, 4]]),
@@ -106,6 +106,14 @@ def test_text_behind_a_long_video_goes_on_after_its_last_moment() -> None:
     assert positions[0].tolist() == [0, *[1] * 4, *[11] * 4, *[21] * 4, 22]
     assert positions[1].tolist() == [0, *[1, 1, 2, 2] * 3, 22]
     assert positions[2].tolist() == [0, *[1, 2, 1, 2] * 3, 22]
+    tokens = torch.tensor([ids])
+    theirs, delta = model.get_rope_index(
+        tokens, mm_token_type_ids=2 * (tokens == VIDEO).int(), video_grid_thw=torch.tensor([[3, 4, 4]]),
+        second_per_grid_ts=torch.tensor([5.0]),
+    )  # fmt: skip
+    assert torch.equal(theirs[:, 0, :-1], positions[:, :-1])
+    assert theirs[:, 0, -1].tolist() == [3, 3, 3], "when this fails, transformers has come back: rope.py says otherwise"
+    assert int(delta) + len(ids) == 22, "where it goes on itself when it generates"
 
 
 def test_every_video_has_its_rate() -> None:

@@ -127,6 +127,10 @@ def test_bad_videos_are_named(tmp_path: Path, frames: ImageReader) -> None:
     for name in ("text.mp4", "empty.mp4"):
         with pytest.raises(DataError, match=rf"{name} can't be read"):
             read_header(tmp_path / name)
+    # FFmpeg plays a text as the screen of a terminal, of no size where nobody gives one.
+    (tmp_path / "note.txt").write_text("I am a text\n")
+    with pytest.raises(DataError, match=r"note\.txt (has no size|can't be read)"):
+        read_header(tmp_path / "note.txt")
     with pytest.raises(DataError, match=r"none\.mp4 does not exist"):
         read_header(tmp_path / "none.mp4")
 

@@ -155,15 +155,20 @@ def test_durations(seconds: float, text: str) -> None:
 class Fake(ModuleType):
     """A module with a specification, that notes what is called."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, run: Any = None) -> None:
         super().__init__(name)
         self.__spec__ = ModuleSpec(name, None)
         self.calls: list[tuple[Any, ...]] = []
+        self.run = run
         for function in ("init", "log", "finish"):
             setattr(self, function, self._noted(function))
 
     def _noted(self, function: str) -> Any:
-        return lambda *args, **kwargs: self.calls.append((function, args, kwargs))
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            self.calls.append((function, args, kwargs))
+            return self.run
+
+        return noted
 
 
 @pytest.mark.parametrize(
@@ -193,13 +198,38 @@ def test_tensorboard_sees_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyP
         add_scalar=lambda *args: written.append(args), add_text=lambda *args: None, close=lambda: written.append("end")
     )
     module: Any = ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = lambda folder: SimpleNamespace(**vars(writer), folder=folder)
+    module.SummaryWriter = lambda folder, purge_step: SimpleNamespace(**vars(writer), folder=folder, purged=purge_step)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     (tracker,) = open_trackers(["tensorboard"], tmp_path, project="p", settings={})
     assert tracker.writer.folder == str(tmp_path / "tensorboard")  # type: ignore[attr-defined]
     run(tmp_path, range(1, 3), trackers=[tracker])
     assert ("train/loss", 1.5, 2) in written
     assert written[-1] == "end"
+    assert tracker.writer.purged == 0, "a run that starts anew"  # type: ignore[attr-defined]
+    (tracker,) = open_trackers(["tensorboard"], tmp_path, project="p", settings={}, done=4)
+    assert tracker.writer.purged == 5, "what an ended run logged beyond its checkpoint is hidden"  # type: ignore[attr-defined]
+
+
+def test_a_hosted_run_goes_on_in_the_same_run_where_it_takes_new_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B: steps must rise (docs.wandb.ai, log); a resumed run says its ``starting_step``, one behind the last."""
+    fake = Fake("wandb", run=SimpleNamespace(id="abc", starting_step=0))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    run(tmp_path, range(1, 8), trackers=open_trackers(["wandb"], tmp_path, project="mine", settings={}))
+    assert {"id", "resume"}.isdisjoint(fake.calls[0][2])
+    fake.calls.clear()
+    fake.run.starting_step = 8
+    trackers = open_trackers(["wandb"], tmp_path, project="mine", settings={}, done=4)
+    run(tmp_path, range(5, 10), trackers=trackers, done=4)
+    assert (fake.calls[0][2]["id"], fake.calls[0][2]["resume"]) == ("abc", "allow")
+    assert [call[2]["step"] for call in fake.calls if call[0] == "log"] == [8, 9]
+    fake.calls.clear()
+    open_trackers(["wandb"], tmp_path, project="mine", settings={})
+    assert "id" not in fake.calls[0][2], "a run that starts anew is another run"
+    (tmp_path / "trackers.json").write_text('{"wandb": ')
+    open_trackers(["wandb"], tmp_path, project="mine", settings={}, done=4)
+    assert json.loads((tmp_path / "trackers.json").read_text()) == {"wandb": "abc"}
 
 
 def test_a_tracker_that_is_not_installed_is_named_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,12 @@
 Text counts up on all three axes together. A picture stands at one time; its merged patches take row
 and column numbers on the other two axes; the text behind it goes on after the largest of them. The time of a
 video's patches advances by the tokens a second that the model was made for (Qwen2.5-VL technical report, 2.1.3).
+
+Text behind a video goes on after the largest number of all three axes, time included. So does the code of the model's
+authors in transformers 4 (pull request 35569), and so do vLLM and MindSpeed MM. transformers 5 (seen in 5.24) looks at
+rows and columns alone: the text behind a video that lasts longer than it is high or wide gets numbers that the video
+has already, while generation still counts on from the largest of all. That is taken for a mistake and not followed;
+all other positions are the same. ``eval`` and ``infer`` give transformers these positions.
 """
 
 from __future__ import annotations

@@ -52,6 +52,40 @@ def make_ready(config: TrainConfig, done: int) -> None:
     (folder / CONFIG).write_text(config.as_yaml(folder), encoding="utf-8")
 
 
+def left_by(config: TrainConfig) -> str:
+    """What to say of a run that was ended on the spot: what is saved, what is lost, and how to go on."""
+    folder = config.output.dir
+    saved, done = _saved_step(folder), _last_step(folder / METRICS)
+    again = f", {_steps(saved + 1, done)} to be done again" if done > saved else ""
+    if saved:
+        return f"{folder} holds the checkpoint of step {saved}; output.resume=true goes on from there{again}"
+    more = "" if config.output.save_every else "; output.save_every=100 saves on the way"
+    return f"no checkpoint is in {folder}: the same line starts anew{again}{more}"
+
+
+def _steps(first: int, last: int) -> str:
+    return f"step {first} has" if first == last else f"steps {first} to {last} have"
+
+
+def _saved_step(folder: Path) -> int:
+    """The step of the newest whole checkpoint; 0: none."""
+    try:
+        text = (folder / CHECKPOINT / TRACKER).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return 0
+    return int(text) if text.isdecimal() else 0
+
+
+def _last_step(path: Path, tail: int = 1 << 16) -> int:
+    """The last step that was logged; 0: none. Only the end of the file is read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - tail))
+            return int(json.loads(file.read().splitlines()[-1])["step"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0
+
+
 def _keep_rows(path: Path, done: int) -> None:
     """Leave the lines of steps up to `done`; the file goes where none is left. Lines without a step are made anew."""
     kept = []

@@ -128,6 +128,8 @@ def read_header(path: Path) -> VideoHeader:
         frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
         if not frames:
             raise DataError(f"video {path} has no frames")
+        if not stream.width or not stream.height:  # text is taken for a film of a terminal
+            raise DataError(f"video {path} has no size; is it a video?")
         if stream.duration is not None:
             seconds = float(stream.duration * stream.time_base)
         else:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_datafmt import Sample, read
+from mm_datafmt import Sample
 from mm_finetune.config import DataConfig
 from mm_finetune.data.batches import EncodedSample
+from mm_finetune.data.faults import records_of, require_read
 from mm_finetune.data.truncation import Shortened, shorten
 from mm_finetune.errors import ConfigError, DataError
 from mm_finetune.images import ImageInputs, ImageReader, image_size
@@ -72,7 +73,7 @@ class Encoder:
         Raises:
             DataFormatError: it is none that mm-datafmt knows.
         """
-        return read(self.config.path)
+        return records_of(self.config.path)
 
     def fingerprint(self) -> str:
         """Digest of all that the length of a record depends on, besides the record."""
@@ -105,8 +106,9 @@ class Encoder:
         """The texts of a record that are tokenised by themselves.
 
         Raises:
-            DataError: the turns or placeholders of the record are wrong.
+            DataError: the record could not be read, or its turns or placeholders are wrong.
         """
+        require_read(sample)
         return segments(sample.messages, images=len(sample.images), videos=len(sample.videos))
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
@@ -142,7 +144,7 @@ class Encoder:
         grids = media.images[: short.images], media.videos[: short.videos]
         seconds = media.second_per_grid[: short.videos]
         ends = [*accumulate(encoded.lengths, initial=0)] if encoded.lengths else [0, len(encoded.input_ids)]
-        positions = [self._positions(encoded.input_ids[a:b], *grids, seconds) for a, b in pairwise(ends)]
+        positions = [self.positions(encoded.input_ids[a:b], *grids, seconds) for a, b in pairwise(ends)]
         return EncodedSample(
             input_ids=torch.tensor(encoded.input_ids),
             labels=torch.tensor(encoded.labels),
@@ -154,12 +156,17 @@ class Encoder:
             lengths=encoded.lengths,
         )
 
-    def _tokens(self, grids: Sequence[Grid]) -> list[int]:
-        return [t * h * w // self._merged for t, h, w in grids]
-
-    def _positions(
+    def positions(
         self, input_ids: Sequence[int], images: Sequence[Grid], videos: Sequence[Grid], seconds: Sequence[float]
     ) -> Tensor:
+        """``[3, tokens]``: see :func:`mm_finetune.rope.mrope_positions`.
+
+        Args:
+            input_ids: of one conversation.
+            images: the grids of its pictures.
+            videos: of its videos.
+            seconds: for each video those between two steps of its grid.
+        """
         config = self.hf_config
         # Qwen2-VL knows no seconds: each step of a video's grid is one step in time.
         rate = getattr(config.vision_config, "tokens_per_second", None)
@@ -173,6 +180,9 @@ class Encoder:
             second_per_grid_ts=[1.0] * len(seconds) if rate is None else seconds,
             tokens_per_second=1 if rate is None else rate,
         )
+
+    def _tokens(self, grids: Sequence[Grid]) -> list[int]:
+        return [t * h * w // self._merged for t, h, w in grids]
 
     def _images(self, sample: Sample, grids: Sequence[Grid], pixels: bool) -> ImageInputs:
         read = []

@@ -9,11 +9,15 @@ them). Nothing is replaced or moved, so nothing can fall out of step.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from mm_datafmt import RecordError, Sample, read_each
 from mm_finetune.errors import DataError
+
+FAULT = "fault"
+"""The key of ``Sample.extra`` that says why a record could not be read; the sample then has no messages."""
 
 SHOWN = 5  # faults named in a message; the rest is counted
 
@@ -21,14 +25,37 @@ SHOWN = 5  # faults named in a message; the rest is counted
 class Fault(NamedTuple):
     """Why a record can't be used.
 
-    ``code`` is one of ``missing`` (a file is not there), ``unreadable``, ``conversation`` (turns or placeholders),
-    ``too_long``, ``no_loss`` (no token carries loss), ``hangs`` (decoding took too long), ``changed`` (a picture has
-    another size than before the run).
+    ``code`` is one of ``missing`` (a file is not there), ``unreadable``, ``conversation`` (no record of its format, its
+    turns or placeholders), ``too_long``, ``no_loss`` (no token carries loss), ``hangs`` (decoding took too long),
+    ``changed`` (a picture has another size than before the run).
     """
 
     record: int
     code: str
     message: str
+
+
+def records_of(path: Path, parse: Callable[[object], Sample] | None = None) -> Iterator[Sample]:
+    """The records of a file; one that can't be read keeps its place, and says why when it is asked for.
+
+    Args:
+        path: the file.
+        parse: as of :func:`mm_datafmt.read_each`.
+
+    Raises:
+        DataFormatError: the file as a whole can't be read.
+    """
+    for found in read_each(path, parse=parse):
+        if isinstance(found, RecordError):
+            yield Sample((), extra={FAULT: f"{found} (line {found.line})"})
+        else:
+            yield found
+
+
+def require_read(sample: Sample) -> None:
+    """Raise :class:`DataError` for what stands in the place of a record that can't be read."""
+    if not sample.messages:
+        raise DataError(str((sample.extra or {})[FAULT]))
 
 
 class BadRecords:

@@ -20,7 +20,6 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "use_dora": (False, None),
     "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []),
     "bias": ("none", None),
 }
 # Names of models before transformers 4.52, and those of now.
@@ -29,7 +28,7 @@ _OLDER = ((r"^model\.layers\.", "model.language_model.layers."), (r"^visual\.", 
 
 @torch.no_grad()
 def merge_adapter(model: Any, folder: Path) -> None:
-    """Add an adapter to a model's weights, computed in float32.
+    """Add an adapter to a model's weights, computed in float32; layers that it trained in full take their places.
 
     Args:
         model: of transformers; changed in place.
@@ -41,11 +40,17 @@ def merge_adapter(model: Any, folder: Path) -> None:
     config, tensors = _read(folder)
     modules = dict(model.named_modules())
     halves: dict[str, dict[str, Tensor]] = {}
+    wholes: dict[tuple[str, str], Tensor] = {}
     for key, tensor in tensors.items():
         found = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.(lora_[AB])\.(?:default\.)?weight", key)
-        if found is None:
+        whole = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.(weight|bias)", key)
+        if found is not None:
+            halves.setdefault(_present(found[1], modules), {})[found[2]] = tensor.float()
+        elif whole is not None and _is_saved(config, whole[1]):
+            wholes[_present(whole[1], modules), whole[2]] = tensor
+        else:
             raise CheckpointError(f"{folder / WEIGHTS} holds {key}, which is no part of a LoRA adapter")
-        halves.setdefault(_present(found[1], modules), {})[found[2]] = tensor.float()
+    _replace(model, modules, config, wholes, folder)
     for name, pair in halves.items():
         weight = getattr(modules.get(name), "weight", None)
         if weight is None or pair.keys() != {"lora_A", "lora_B"}:
@@ -57,6 +62,30 @@ def merge_adapter(model: Any, folder: Path) -> None:
                 f" {weight.shape[0]} x {weight.shape[1]} here"
             )
         weight.copy_(weight.float() + _scale(config, name, len(a)) * (b @ a).to(weight.device))
+
+
+def _is_saved(config: dict[str, Any], layer: str) -> bool:
+    """Whether the adapter trained a layer in full: PEFT compares ends of its name and of what holds it."""
+    parts = layer.split(".")
+    places = [".".join(parts[: number + 1]) for number in range(len(parts))]
+    tied = ["lm_head"] if config.get("ensure_weight_tying") else []
+    return any(place.endswith(end) for place in places for end in [*(config.get("modules_to_save") or []), *tied])
+
+
+def _replace(
+    model: Any, modules: dict[str, Any], config: dict[str, Any], wholes: dict[tuple[str, str], Tensor], folder: Path
+) -> None:
+    embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    for (name, kind), tensor in wholes.items():
+        weight = getattr(modules.get(name), kind, None)
+        if weight is None or weight.shape != tensor.shape:
+            raise CheckpointError(f"the adapter in {folder} is of another model: it holds all of {name}.{kind}")
+        if weight is embedding and weight is output and not config.get("ensure_weight_tying"):
+            raise CheckpointError(
+                f"the adapter in {folder} trained the embedding apart from the output layer; in this model they are one"
+                " weight, so it can't be merged"
+            )
+        weight.copy_(tensor)
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mm_finetune.config import DataConfig
 from mm_finetune.errors import CheckpointError
@@ -79,17 +80,19 @@ class Answerer:
         """Padded on the left: all answers begin at the same place."""
         longest = max(len(prompt.input_ids) for prompt in prompts)
         padding = [longest - len(prompt.input_ids) for prompt in prompts]
-        rows = [[self.pad_token_id] * pad + prompt.input_ids for pad, prompt in zip(padding, prompts, strict=True)]
+        rows = [[self.pad_token_id] * blank + prompt.input_ids for blank, prompt in zip(padding, prompts, strict=True)]
         input_ids = torch.tensor(rows)
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": (torch.arange(longest) >= torch.tensor(padding)[:, None]).long(),
-        }
+        mask = (torch.arange(longest) >= torch.tensor(padding)[:, None]).long()
+        inputs = {"input_ids": input_ids, "attention_mask": mask}
         known, config = inspect.signature(self.model.forward).parameters, self.model.config
         # Where transformers knows this input, it gives pictures their rows and columns only if it is there.
         if "mm_token_type_ids" in known:
             kinds = (input_ids == config.image_token_id).int() + 2 * (input_ids == config.video_token_id).int()
             inputs["mm_token_type_ids"] = kinds.int()
+            # Those of training: its own are others behind a long video, see mm_finetune.rope.
+            seen = [pad(one.positions, (blank, 0)) for one, blank in zip(prompts, padding, strict=True)]
+            counted = (mask.cumsum(dim=1) - 1).clamp(min=0)
+            inputs["position_ids"] = torch.cat([counted[None], torch.stack(seen, dim=1)])
         images = [prompt.images for prompt in prompts if prompt.images]
         if images:
             inputs["pixel_values"] = torch.cat([one.pixel_values for one in images]).to(self.model.dtype)

@@ -31,9 +31,14 @@ class Outline:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A question as the model reads it; None without pictures, without videos."""
+    """A question as the model reads it; None without pictures, without videos.
+
+    Attributes:
+        positions: ``[3, tokens]``, as in training.
+    """
 
     input_ids: list[int]
+    positions: Tensor
     images: ImageInputs | None = None
     videos: VideoInputs | None = None
 
@@ -84,6 +89,7 @@ class PromptReader:
         images, videos = outline.images, outline.videos
         return Prompt(
             input_ids=outline.input_ids,
+            positions=self.encoder.positions(outline.input_ids, images, videos, outline.second_per_grid),
             images=ImageInputs(self._pictures(outline), _tensor(images), self._tokens(images)) if images else None,
             videos=VideoInputs(self._videos(outline), _tensor(videos), outline.second_per_grid) if videos else None,
         )

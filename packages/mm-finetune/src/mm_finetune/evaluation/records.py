@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from mm_datafmt import DataFormatError, Sample, read
+from mm_datafmt import DataFormatError, RecordError, Sample, read_each
 from mm_finetune.errors import DataError
 from mm_finetune.evaluation.answers import Failure
 from mm_finetune.evaluation.choices import options_in
@@ -36,16 +36,19 @@ class Records:
         """The questions.
 
         Raises:
-            DataError: a record is not of the format at all.
+            DataError: the file as a whole can't be read.
         """
         try:
-            for number, sample in enumerate(read(self.path), 1):
+            for number, found in enumerate(read_each(self.path), 1):
+                if isinstance(found, RecordError):
+                    yield Failure(number=number, reason=f"{found} (line {found.line})")
+                    continue
                 try:
-                    yield question_of(sample, number, self.root, choice=self.metric == "choice")
+                    yield question_of(found, number, self.root, choice=self.metric == "choice")
                 except DataError as error:
                     yield Failure(number=number, reason=str(error))
         except DataFormatError as error:
-            raise DataError(f"{error}; mm-datafmt convert --on_bad skip makes a clean file") from error
+            raise DataError(str(error)) from error
 
 
 def question_of(sample: Sample, number: int, root: Path, *, choice: bool = False) -> Question:

@@ -85,8 +85,9 @@ def evaluate(
     hf_dir, data, output = Path(hf_dir), Path(data), Path(output)
     if process_rank()[0] == 0:  # the only one that writes
         require_free_file(output, overwrite=overwrite)
-    if batch_size < 1 or (max_new_tokens is not None and max_new_tokens < 1):
-        raise ConfigError(f"batch_size {batch_size} and max_new_tokens {max_new_tokens} must be 1 or more")
+    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}; it must be 1 or more")
     root = None if dataset_dir is None else Path(dataset_dir)
     limits = None if limits is None else limits_of(limits)
     questions = open_questions(data, dataset_dir=root, metric=metric)
@@ -113,6 +114,8 @@ def evaluate(
                 if here.rank == 0:
                     journal.add(rows)
         found = here.from_first(journal.rows() if here.rank == 0 else {})
+        if here.rank == 0 and not any(isinstance(row, Answer) for row in found.values()):
+            journal.remove()  # there is nothing to go on from
         evaluation = evaluation_of(str(hf_dir), questions, found)
         if here.rank == 0:
             evaluation.save(output, overwrite=overwrite)

@@ -8,9 +8,10 @@ from pathlib import Path
 from mm_datafmt import Sample
 from mm_finetune.config import DataConfig
 from mm_finetune.data.encoder import Encoder, Media
+from mm_finetune.data.faults import require_read
 from mm_finetune.data.truncation import Shortened, shorten
 from mm_finetune.errors import DataError
-from mm_finetune.preference.pairs import FAULT, read_pairs
+from mm_finetune.preference.pairs import read_pairs
 from mm_finetune.template import IMAGE, VIDEO, Encoded, LabelRules, Segment, labelled, segments, turns
 
 
@@ -34,8 +35,7 @@ class PairEncoder(Encoder):
 
     def segments(self, sample: Sample) -> list[Segment]:
         """The question's texts, the chosen answer, the rejected one."""
-        if not sample.messages:
-            raise DataError(str((sample.extra or {})[FAULT]))
+        require_read(sample)
         *_, chosen, rejected = sample.messages
         for answer in (chosen, rejected):
             if IMAGE in answer.content or VIDEO in answer.content:

@@ -22,15 +22,10 @@ from pathlib import Path
 from typing import cast
 
 from mm_datafmt import FORMATS, Message, RecordError, Sample
-from mm_datafmt.formats.base import object_of, paths_of
-from mm_datafmt.inputs import open_input
-from mm_datafmt.opening import raise_if_undecoded
+from mm_finetune.data.faults import records_of
 from mm_finetune.template import IMAGE, VIDEO
 
 Record = Mapping[str, object]
-
-FAULT = "fault"
-"""The key of ``Sample.extra`` that says why a record is no pair; the sample then has no messages."""
 
 # How a turn is written under each field that holds the turns before the answers: who speaks, what, and the answering.
 _TURNS = {"conversations": ("from", "value", "gpt"), "messages": ("role", "content", "assistant")}
@@ -42,16 +37,10 @@ def read_pairs(path: Path) -> Iterator[Sample]:
     """Yield the pairs of a file: a JSON array or lines, also packed, or parquet; one that is no pair says so itself.
 
     Raises:
-        DataFormatError: the file, or a record of it, can't be decoded.
-        OSError: it can't be read.
+        DataFormatError: the file as a whole can't be read.
+        OSError: likewise.
     """
-    for run in open_input(path).runs():
-        for index, value in enumerate(run.values):
-            raise_if_undecoded(run, index, str(path))
-            try:
-                yield parse_pair(value)
-            except RecordError as fault:
-                yield Sample((), extra={FAULT: str(fault)})
+    return records_of(path, parse_pair)
 
 
 def parse_pair(record: object) -> Sample:
@@ -60,7 +49,9 @@ def parse_pair(record: object) -> Sample:
     Raises:
         RecordError: it is no pair in any of the layouts.
     """
-    fields = object_of(record)
+    if not isinstance(record, Mapping):
+        raise RecordError("the record must be a JSON object")
+    fields: Record = record
     for name in _ANSWERS:
         if not fields.get(name):
             raise RecordError(f"the record has no {name!r}; a pair has 'chosen' and 'rejected'")
@@ -109,17 +100,21 @@ def _trl(rest: Record, answers: Sequence[object]) -> Sample:
 
 def _chat(rest: Record, turns: Sequence[object]) -> Sample:
     """Turns with ``role`` and ``content``; files stand in the parts of a content, or in columns."""
-    columns = {"images": paths_of({"images": rest.get("images") or rest.get("image")}, "images", single=True)}
-    columns["videos"] = paths_of({"videos": rest.get("videos") or rest.get("video")}, "videos", single=True)
+    columns = {f"{kind}s": _column(rest, kind) for kind in _MARKS}
     if not any(isinstance(turn, Mapping) and isinstance(turn.get("content"), list) for turn in turns):
         kept = {name: value for name, value in rest.items() if name in ("system", "tools", "audios")}
-        sample = FORMATS["messages"].parse({**kept, "messages": list(turns)})
-        return sample._replace(images=columns["images"], videos=columns["videos"])
+        return FORMATS["messages"].parse({**kept, **columns, "messages": list(turns)})
+    named = FORMATS["messages"].parse({**columns, "messages": [{"role": "user", "content": ""}]})
     sample = FORMATS["openai"].parse({"messages": [_marked(turn) for turn in turns], "tools": rest.get("tools")})
-    if (sample.images and columns["images"]) or (sample.videos and columns["videos"]):
+    if (sample.images and named.images) or (sample.videos and named.videos):
         raise RecordError("pictures stand in the turns and in a column: which ones count?")
-    images, videos = sample.images or columns["images"], sample.videos or columns["videos"]
-    return sample._replace(images=images, videos=videos)
+    return sample._replace(images=sample.images or named.images, videos=sample.videos or named.videos)
+
+
+def _column(rest: Record, kind: str) -> object:
+    """The files of a kind; one may stand without a list."""
+    value = rest.get(f"{kind}s") or rest.get(kind) or []
+    return [value] if isinstance(value, str) else value
 
 
 def _marked(turn: object) -> object:

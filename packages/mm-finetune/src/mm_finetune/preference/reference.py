@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mm_convert.megatron import RANK_FILE
-from mm_finetune.config import TrainConfig
-from mm_finetune.data import Dataset, Exchange, Loader
+from mm_finetune.config import PreferenceConfig, TrainConfig
+from mm_finetune.data import Batch, Dataset, Exchange, Loader
 from mm_finetune.data.cache import cache_file, load_arrays, save_arrays
 from mm_finetune.engine.step import Trainer
 from mm_finetune.engine.weights import Checkpoint
@@ -57,6 +57,24 @@ def preference_objective(
 
     values = remembered(loader.dataset, loader.exchange, lambda: _key(config, checkpoint), measure)
     return PreferenceObjective(config.preference, torch.from_numpy(values))
+
+
+def objective_at_start(
+    config: PreferenceConfig, batches: Sequence[Batch], trainer: Trainer, records: int
+) -> PreferenceObjective:
+    """The objective of a first step on these micro-batches, whose reference is the model as it is; nothing is kept.
+
+    Args:
+        config: which loss.
+        batches: of this data-parallel rank.
+        trainer: the model, before its first step.
+        records: of the data set.
+    """
+    if config.reference_free:
+        return PreferenceObjective(config, None)
+    values = torch.full((records, 2), torch.nan, dtype=torch.float64)
+    values[list(pair_numbers(batches))] = paired(trainer.log_probabilities(batches)).cpu()
+    return PreferenceObjective(config, values)
 
 
 def remembered(dataset: Dataset, exchange: Exchange, key: Callable[[], Sequence[object]], measure: Steps) -> Values:

@@ -1,14 +1,23 @@
-"""TensorBoard, Weights & Biases and SwanLab behind one small interface."""
+"""TensorBoard, Weights & Biases and SwanLab behind one small interface.
+
+A run that goes on from an earlier step draws one curve: TensorBoard hides what was logged beyond that step; the others
+go on in the same run of theirs. They take no step twice: what they hold of the steps that are done again stays.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from mm_finetune.errors import ConfigError
+
+IDS = "trackers.json"
+"""In the folder of a run: how services call it."""
 
 
 class Tracker(Protocol):
@@ -24,11 +33,13 @@ class Tracker(Protocol):
 class TensorBoard:
     """Event files in ``RUN/tensorboard``."""
 
-    def __init__(self, folder: Path, project: str, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, project: str, settings: Mapping[str, Any], done: int) -> None:
         del project
-        self.writer: Any = import_module("torch.utils.tensorboard").SummaryWriter(str(folder / "tensorboard"))
+        module: Any = import_module("torch.utils.tensorboard")
+        # The settings stand at the step that is done: of a run that starts anew all earlier events go.
+        self.writer = module.SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1 if done else 0)
         rows = [f"    {section}: {values}" for section, values in settings.items()]
-        self.writer.add_text("settings", "\n".join(rows), 0)
+        self.writer.add_text("settings", "\n".join(rows), done)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Note a step."""
@@ -50,14 +61,23 @@ class Hosted:
     """
 
     def __init__(
-        self, module: str, where: str, name: str, folder: Path, project: str, settings: Mapping[str, Any]
+        self, module: str, where: str, name: str, folder: Path, project: str, settings: Mapping[str, Any], done: int
     ) -> None:
         self.module: Any = import_module(module)
         options = {where: str(folder), name: folder.absolute().name}
-        self.module.init(project=project, config=dict(settings), **options)
+        ids = _ids(folder)
+        if done and module in ids:
+            options |= {"id": ids[module], "resume": "allow"}
+        run = self.module.init(project=project, config=dict(settings), **options)
+        # W&B says which step it takes next, and warns of each one before; SwanLab passes over them by itself.
+        self.first = int(getattr(run, "starting_step", 0))
+        if isinstance(named := getattr(run, "id", None), str):
+            (folder / IDS).write_text(json.dumps(ids | {module: named}) + "\n", encoding="utf-8")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Note a step."""
+        if step < self.first:
+            return
         self.module.log({f"train/{name}": value for name, value in values.items()}, step=step)
 
     def close(self) -> None:
@@ -65,18 +85,19 @@ class Hosted:
         self.module.finish()
 
 
-def _wandb(folder: Path, project: str, settings: Mapping[str, Any]) -> Tracker:
-    return Hosted("wandb", "dir", "name", folder, project, settings)
+def _ids(folder: Path) -> dict[str, str]:
+    """The runs of an earlier start, by module; none where the file is not there or not whole."""
+    try:
+        ids = json.loads((folder / IDS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {str(name): str(value) for name, value in ids.items()} if isinstance(ids, dict) else {}
 
 
-def _swanlab(folder: Path, project: str, settings: Mapping[str, Any]) -> Tracker:
-    return Hosted("swanlab", "logdir", "experiment_name", folder, project, settings)
-
-
-TRACKERS: Mapping[str, Callable[[Path, str, Mapping[str, Any]], Tracker]] = {
+TRACKERS: Mapping[str, Callable[[Path, str, Mapping[str, Any], int], Tracker]] = {
     "tensorboard": TensorBoard,
-    "wandb": _wandb,
-    "swanlab": _swanlab,
+    "wandb": partial(Hosted, "wandb", "dir", "name"),
+    "swanlab": partial(Hosted, "swanlab", "logdir", "experiment_name"),
 }
 
 
@@ -94,7 +115,7 @@ def require_trackers(names: Sequence[str]) -> None:
 
 
 def open_trackers(
-    names: Sequence[str], folder: Path, *, project: str, settings: Mapping[str, Any]
+    names: Sequence[str], folder: Path, *, project: str, settings: Mapping[str, Any], done: int = 0
 ) -> tuple[Tracker, ...]:
     """Open them.
 
@@ -103,5 +124,6 @@ def open_trackers(
         folder: the folder of the run; its name is the name of the run there.
         project: the project there.
         settings: the configuration, shown beside the curves.
+        done: steps that are done already, of a run that is resumed.
     """
-    return tuple(TRACKERS[name](folder, project, settings) for name in names)
+    return tuple(TRACKERS[name](folder, project, settings, done) for name in names)
