@@ -1,8 +1,8 @@
 """A training step of mm-finetune with the vendor's operators: on fake npu tensors, and in numbers by the formulas.
 
-Nothing here runs on a device. What is shown: Megatron's decoder blocks, a vision block and the loss go forward and
-backward through the vendor's shape functions, with the operators that are meant for training; and the whole step of a
-small model, computed by the published formulas, has the loss and the gradients that the other path has.
+Nothing here runs on a device. What is shown: the language model's blocks, the vision tower's and the loss go forward
+and backward through the vendor's shape functions, with the operators that are meant for training; and the whole step of
+a small model, computed by the published formulas, has the loss and the gradients that the other path has.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from mm_finetune.engine.attention import Rows, packed_attention
 from mm_finetune.engine.device import mcore_on
 from mm_finetune.engine.loss import linear_cross_entropy
 from mm_finetune.engine.model import QwenVL
-from mm_finetune.engine.parallel import Ranks, model_parallel, transformer_config
+from mm_finetune.engine.parallel import Ranks, model_parallel
+from mm_finetune.engine.pictures import Geometry
+from mm_finetune.engine.stages import Stages
 from mm_finetune.engine.step import Trainer
-from mm_finetune.engine.vision import RememberedRows
 from mm_finetune.mini.model import model_config
 from mm_finetune.mini.tokenizer import SPECIAL_TOKENS, VOCAB_SIZE
 from npu.fake_npu import shapes
@@ -42,7 +43,7 @@ from npu.semantics import installed
 from npu.test_wan import Operators
 
 NPU, CPU = torch.device("npu", 0), torch.device("cpu")
-LAYERS, WIDTH = 4, 64  # of the mini model's decoder, of its vision tower
+LAYERS, VISION_LAYERS, WIDTH = 4, 4, 64  # of the mini model's decoder; of its vision tower
 BOUNDS = (0, 7, 7, 20)  # samples of a packed row, one of them empty
 # float32 with other orders of summation.
 TOLERANCE = 2e-5
@@ -76,8 +77,8 @@ def alone() -> Iterator[None]:
 
 
 def model_of(train: OptimizationConfig, ranks: Ranks) -> QwenVL:
-    config = model_config(Vocabulary())
-    return QwenVL(transformer_config(config.text_config, ParallelConfig(), (LAYERS,), train), config, ranks)
+    stages = Stages(llm=(LAYERS,), vit=(VISION_LAYERS,), pp_size=1, vit_tp_size=1)
+    return QwenVL(model_config(Vocabulary()), ParallelConfig(), train, stages, ranks)
 
 
 def on_npu(model: nn.Module) -> None:
@@ -137,22 +138,25 @@ def test_a_training_step_of_the_decoder(alone: None, train: OptimizationConfig) 
     }  # fmt: skip
 
 
-def test_a_training_step_of_a_vision_block(alone: None, train: OptimizationConfig) -> None:
+def test_a_training_step_of_the_vision_tower(alone: None, train: OptimizationConfig) -> None:
     with FakeTensorMode(), mcore_on(NPU), model_parallel(ParallelConfig()) as ranks, Operators() as operators:
         model = model_of(train, ranks)
         on_npu(model)
-        tower: Any = model[0].visual
-        block, embedding = tower.blocks[0], tower.patch_embed
-        tables = tuple(torch.randn(BOUNDS[-1], WIDTH // 4, device=NPU) for _ in range(2))
-        with patch.object(RememberedRows, "of", lambda self, cu_seqlens: rows(cu_seqlens)):
-            patches = embedding(torch.randn(BOUNDS[-1], 1176, device=NPU))
-            out = block(patches, cu_seqlens=zeros(len(BOUNDS)), position_embeddings=tables)
+        tower: Any = model[0].image_encoder
+        encoder = tower.encoder
+        angles = torch.randn(BOUNDS[-1], WIDTH // 4, device=NPU)
+        row = rows(zeros(1))
+        places = Geometry(order_M=None, back_M=None, windows=row, frames=row, rotary=(angles.cos(), angles.sin()))
+        out = encoder(torch.randn(BOUNDS[-1], 1176, device=NPU), places)
         out.float().square().mean().backward()
-    assert (out.shape, out.device) == ((BOUNDS[-1], WIDTH), NPU)
-    assert [n for part in (block, embedding) for n, p in part.named_parameters() if p.grad is None] == []
-    assert operators.names["npu_fusion_attention_grad"] == 1
-    assert operators.names["npu_rotary_mul_backward"] == 2
-    assert operators.names["npu_rms_norm_backward"] == 2
+    assert (out.shape, out.device) == ((BOUNDS[-1], 1, WIDTH), NPU)
+    assert [name for name, parameter in encoder.named_parameters() if parameter.grad is None] == []
+    assert operators.names == {
+        "npu_fusion_attention": VISION_LAYERS, "npu_fusion_attention_grad": VISION_LAYERS,
+        "npu_rotary_mul": 2 * VISION_LAYERS, "npu_rotary_mul_backward": 2 * VISION_LAYERS,
+        "npu_rms_norm": 2 * VISION_LAYERS, "npu_rms_norm_backward": 2 * VISION_LAYERS,
+        "npu_swiglu": VISION_LAYERS, "npu_swiglu_backward": VISION_LAYERS,
+    }  # fmt: skip
 
 
 def test_the_loss(train: OptimizationConfig) -> None:

@@ -19,7 +19,7 @@ from parity_worker import completed_gradients, grads_by_hf_name, made_checkpoint
 from torch import Tensor
 
 from mm_finetune.config import DataConfig, LoraConfig, ModelConfig, OutputConfig, ParallelConfig, TrainConfig
-from mm_finetune.engine.adapters import Adapter
+from mm_finetune.engine.adapters import Adapter, by_kind
 from mm_finetune.engine.build import build_model
 from mm_finetune.engine.lora import save_adapter
 from mm_finetune.engine.parallel import model_parallel
@@ -27,7 +27,8 @@ from mm_finetune.engine.step import Trainer
 from mm_finetune.engine.weights import Checkpoint
 
 DEFAULTS: dict[str, Any] = {
-    "reference": "", "tp": 1, "pp": 1, "llm": [[4]], "sp": False, "dist_opt": True, "packed": False,
+    "reference": "", "tp": 1, "pp": 1, "llm": [[4]], "vit": None, "vit_tp": 0, "sp": False, "dist_opt": True,
+    "packed": False,
     "recompute": "none", "dtype": "fp32", "steps": 3, "freeze": [], "lr_scale": {}, "lora": None,
     "load": True, "adapter": "adapter", "only_gradients": False,
 }  # fmt: skip
@@ -41,7 +42,8 @@ def run_config(case: dict[str, Any], reference: Path, folder: Path) -> TrainConf
     lora = None
     if case["lora"] is not None:
         load = reference / case["adapter"] if case["load"] else None
-        lora = LoraConfig(**case["lora"] | {"load": load, "target_modules": tuple(case["lora"]["target_modules"])})
+        patterns = {key: tuple(case["lora"].get(key, ())) for key in ("target_modules", "modules_to_save")}
+        lora = LoraConfig(**case["lora"] | patterns | {"load": load})
     parallel = ParallelConfig(
         tp_size=case["tp"], pp_size=case["pp"], vpp_size=len(case["llm"]), sequence_parallel=case["sp"]
     )
@@ -51,11 +53,24 @@ def run_config(case: dict[str, Any], reference: Path, folder: Path) -> TrainConf
     )  # fmt: skip
 
 
+def all_gradients(trainer: Trainer, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Of adapters by published layer and half, of layers that are trained in full by the weights' published names."""
+    canonical = checkpoint.converter.family.canonical
+    in_full = {canonical(name): gradient for name, gradient in grads_by_hf_name(trainer, checkpoint).items()}
+    return adapter_gradients(trainer) | in_full
+
+
 def adapter_gradients(trainer: Trainer) -> dict[str, Tensor]:
     """By published layer and half, joined over tensor-parallel ranks; those that every rank has must be the same."""
     completed_gradients(trainer)
     mine = [
-        (f"{module.name}.{half}", module.axes.get(half), trainer.ranks.tp_rank, main_grad(parameter).clone())
+        (
+            f"{module.name}.{half}",
+            module.axes.get(half),
+            module.group.rank(),
+            module.heads,
+            main_grad(parameter).clone(),
+        )
         for module in trainer.model.modules()
         if isinstance(module, Adapter)
         for half, parameter in module.named_parameters()
@@ -65,22 +80,24 @@ def adapter_gradients(trainer: Trainer) -> dict[str, Tensor]:
     dist.all_gather_object(gathered, mine)
     parts: dict[str, dict[int, Tensor]] = {}
     axes: dict[str, int | None] = {}
-    for name, axis, rank, gradient in (entry for held in gathered for entry in held):
-        axes[name] = axis
+    kinds: dict[str, int] = {}
+    for name, axis, rank, heads, gradient in (entry for held in gathered for entry in held):
+        axes[name], kinds[name] = axis, heads if name.endswith("lora_B") else 0
         parts.setdefault(name, {}).setdefault(rank, gradient)
     for name, held in parts.items():
         assert axes[name] is not None or all(torch.equal(held[0], other) for other in held.values()), name
-    return {
+    joined = {
         name: held[0] if axes[name] is None else torch.cat([held[rank] for rank in sorted(held)], axes[name] or 0)
         for name, held in parts.items()
     }
+    return {name: by_kind(gradient, kinds[name]) for name, gradient in joined.items()}
 
 
 def compare(case: dict[str, Any], reference: Path, folder: Path) -> dict[str, Any]:
     config = run_config(case, reference, folder)
     checkpoint = made_checkpoint(case, reference, folder, config.parallel)
     hf = hf_config(json.loads((reference / "variant.json").read_text()))
-    with model_parallel(config.parallel) as ranks:
+    with model_parallel(config.parallel, checkpoint.stages) as ranks:
         model = build_model(checkpoint, config, hf, ranks, torch.device("cpu"))
         if config.lora is not None:
             save_adapter(model, ranks, folder / "begun")
@@ -88,7 +105,7 @@ def compare(case: dict[str, Any], reference: Path, folder: Path) -> dict[str, An
         result: dict[str, Any] = case | {"dp": ranks.dp_size}
         if case["lora"] is None:
             return result | rates(trainer, checkpoint, case, reference)
-        return result | adapters(trainer, case, reference, folder)
+        return result | adapters(trainer, checkpoint, case, reference, folder)
 
 
 def rates(trainer: Trainer, checkpoint: Checkpoint, case: dict[str, Any], reference: Path) -> dict[str, Any]:
@@ -110,7 +127,9 @@ def rates(trainer: Trainer, checkpoint: Checkpoint, case: dict[str, Any], refere
     return result | {"change": changes[worst], "name": worst, "trained": len(ours), "still": len(still)}
 
 
-def adapters(trainer: Trainer, case: dict[str, Any], reference: Path, folder: Path) -> dict[str, Any]:
+def adapters(
+    trainer: Trainer, checkpoint: Checkpoint, case: dict[str, Any], reference: Path, folder: Path
+) -> dict[str, Any]:
     batches = share(micro_batches(0, packed=case["packed"]), trainer.ranks)
     if case["only_gradients"]:
         loss, _ = trainer.accumulate(batches)
@@ -123,7 +142,7 @@ def adapters(trainer: Trainer, case: dict[str, Any], reference: Path, folder: Pa
     result: dict[str, Any] = {"logits": relative(our_logits(trainer, micro_batches(0)[1]), truth["logits"])}
     loss, _ = trainer.accumulate(batches)
     result["loss"] = abs(loss - truth["loss"])
-    ours, theirs = adapter_gradients(trainer), truth["gradients"]
+    ours, theirs = all_gradients(trainer, checkpoint), truth["gradients"]
     assert ours.keys() == theirs.keys(), sorted(ours.keys() ^ theirs.keys())
     worst = max(ours, key=lambda name: relative(ours[name], theirs[name]))
     result |= {"grad": relative(ours[worst], theirs[worst]), "name": worst, "grads": len(ours)}

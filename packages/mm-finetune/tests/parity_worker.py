@@ -21,15 +21,16 @@ from mm_finetune.config import ParallelConfig
 from mm_finetune.data import Batch
 from mm_finetune.engine.micro_batches import padded
 from mm_finetune.engine.model import QwenVL
-from mm_finetune.engine.parallel import Ranks, model_parallel, transformer_config
+from mm_finetune.engine.parallel import Ranks, model_parallel
 from mm_finetune.engine.step import Trainer
 from mm_finetune.engine.weights import Checkpoint, section_name
 from mm_finetune.families import family_of, model_class
 
 DEFAULTS: dict[str, Any] = {
-    "variant": "plain", "tp": 1, "pp": 1, "llm": [[4]], "sp": False, "dist_opt": True, "packed": False,
+    "variant": "plain", "tp": 1, "pp": 1, "llm": [[4]], "vit": None, "vit_tp": 0, "sp": False, "dist_opt": True,
+    "packed": False,
     "recompute": "none", "dtype": "fp32", "mean": "token", "steps": 2, "export": False,
-    "frozen": False,
+    "frozen": "",
 }  # fmt: skip
 # How many micro-batches the data-parallel ranks get: not the same number, where there are two.
 SHARES = {1: (4,), 2: (3, 1), 4: (1, 1, 1, 1)}
@@ -37,7 +38,7 @@ SHARES = {1: (4,), 2: (3, 1), 4: (1, 1, 1, 1)}
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
     """Largest difference over the largest value of the tensor."""
-    return float((ours.float() - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
+    return float((ours.double() - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
 
 
 def main_grad(parameter: Any) -> Tensor:
@@ -71,15 +72,11 @@ def grads_by_hf_name(trainer: Trainer, checkpoint: Checkpoint) -> dict[str, Tens
     held: dict[Any, Any] = {}
     for part in gathered:
         held |= part
-    first = next(iter(sorted(held)))
     joined = {}
     for ref in checkpoint.hf.tensors:
         name = checkpoint.converter.family.canonical(ref.name)
         segments = checkpoint.plan.writes[ref]
-        if name.startswith("visual."):
-            if name in held[first]:
-                joined[name] = held[first][name]
-        elif segments[0].source.name in held[segments[0].source.file, segments[0].source.section]:
+        if segments[0].source.name in held[segments[0].source.file, segments[0].source.section]:
             pieces = [
                 held[s.source.file, s.source.section][s.source.name].narrow(s.dim, s.source_start, s.length)
                 for s in segments
@@ -112,13 +109,22 @@ def converter_of(reference: Path) -> Any:
     return Converter.named(family_of(model_type).converter)
 
 
+def tower_layers(case: dict[str, Any]) -> Any:
+    """Where a case does not say, the tower stands whole on the first stage."""
+    rows = range(len(case["llm"]))
+    return case.get("vit") or [[4 * (row == place == 0) for place in range(case["pp"])] for row in rows]
+
+
 def made_checkpoint(case: dict[str, Any], reference: Path, folder: Path, parallel: ParallelConfig) -> Checkpoint:
     from mm_convert import Layout
 
     if dist.get_rank() == 0:
-        vit = [[0] * case["pp"] for _ in case["llm"]]
-        vit[0][0] = 4
-        layout = Layout(llm_pp_layers=case["llm"], vit_pp_layers=vit, tp_size=case["tp"])  # type: ignore[arg-type]
+        layout = Layout(
+            llm_pp_layers=case["llm"],
+            vit_pp_layers=tower_layers(case),
+            tp_size=case["tp"],
+            vit_tp_size=case.get("vit_tp", 0),
+        )
         converter_of(reference).hf_to_mm(reference / "hf", folder / "mm", layout)
     dist.barrier()
     return Checkpoint(folder / "mm", reference / "hf", parallel)
@@ -140,10 +146,9 @@ def compare(case: dict[str, Any], reference: Path, folder: Path) -> dict[str, An
         OPTIMIZATION, distributed_optimizer=case["dist_opt"], recompute=case["recompute"], dtype=case["dtype"],
         loss=case["mean"],
     )  # fmt: skip
-    with model_parallel(parallel) as ranks:
+    with model_parallel(parallel, checkpoint.stages) as ranks:
         config = hf_config(json.loads((reference / "variant.json").read_text()))
-        settings = transformer_config(config.text_config, parallel, sum(map(tuple, case["llm"]), ()), train)
-        model = QwenVL(settings, config, ranks)
+        model = QwenVL(config, parallel, train, checkpoint.stages, ranks)
         checkpoint.load(model, ranks)
         freeze(model, case["frozen"])
         trainer = Trainer(model, train, ranks)
@@ -159,11 +164,15 @@ def compare(case: dict[str, Any], reference: Path, folder: Path) -> dict[str, An
     return result
 
 
-def freeze(model: QwenVL, frozen: bool) -> None:
-    """The vision tower and the embedding: what comes into the first layer then needs no gradient of its own."""
-    for name, parameter in model.named_parameters():
-        if frozen and (".visual." in name or ".embedding." in name):
-            parameter.requires_grad_(False)
+def freeze(model: QwenVL, frozen: str) -> None:
+    """``tower``: with the embedding: what comes into the first language layer then needs no gradient of its own.
+    ``behind``: all but the first stage, for which the others must still run backwards.
+    """
+    for chunk in model:
+        for name, parameter in chunk.named_parameters():
+            tower = name.startswith("image_encoder.") or ".embedding." in name
+            if (frozen == "tower" and tower) or (frozen == "behind" and chunk.stage):
+                parameter.requires_grad_(False)
 
 
 def first_step(trainer: Trainer, checkpoint: Checkpoint, truth: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
@@ -204,7 +213,7 @@ def export_difference(folder: Path, reference: Path, truth: dict[str, Any], step
 
 def main(given: dict[str, Any], folder: Path, _: torch.device) -> dict[str, Any]:
     case = DEFAULTS | given
-    return compare(case, folder / case["variant"], folder / str(case["number"]))
+    return compare(case | {"vit": tower_layers(case)}, folder / case["variant"], folder / str(case["number"]))
 
 
 if __name__ == "__main__":

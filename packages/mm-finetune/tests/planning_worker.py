@@ -35,14 +35,14 @@ from mm_finetune.mini.model import model_config
 from mm_finetune.planning.activations import KERNELS
 from mm_finetune.planning.architecture import Architecture
 from mm_finetune.planning.load import Load
-from mm_finetune.planning.memory import Layout, predict
+from mm_finetune.planning.memory import LayerLists, Layout, predict
 from mm_finetune.planning.weights import Training
 from mm_finetune.trial import storage_bytes, while_measured
 
 DEFAULTS: dict[str, Any] = {
-    "family": "qwen2_5_vl", "middle": True, "tied": False, "tp": 1, "pp": 1, "llm": [[4]], "sp": False,
-    "dist_opt": True, "dtype": "bf16", "recompute": "none", "packed": True, "freeze": [], "lora": None, "dropout": 0.0,
-    "micro_batches": 2, "rows": 1, "length": 512, "grids": [[1, 16, 16], [1, 16, 24]],
+    "family": "qwen2_5_vl", "middle": True, "tied": False, "tp": 1, "pp": 1, "llm": [[4]], "vit": None, "vit_tp": 0,
+    "sp": False, "dist_opt": True, "dtype": "bf16", "recompute": "none", "packed": True, "freeze": [], "lora": None,
+    "saved": [], "dropout": 0.0, "micro_batches": 2, "rows": 1, "length": 512, "grids": [[1, 16, 16], [1, 16, 24]],
 }  # fmt: skip
 
 
@@ -61,7 +61,10 @@ def model_configuration(case: dict[str, Any]) -> Any:
 
 
 def configuration(case: dict[str, Any], folder: Path) -> TrainConfig:
-    lora = LoraConfig(r=4, dropout=case["dropout"], target_modules=tuple(case["lora"])) if case["lora"] else None
+    lora = None
+    if case["lora"]:
+        targets, saved = tuple(case["lora"]), tuple(case["saved"])
+        lora = LoraConfig(r=4, dropout=case["dropout"], target_modules=targets, modules_to_save=saved)
     return TrainConfig(
         model=ModelConfig(hf_dir=folder / "hf", load=folder / "mm"),
         data=DataConfig(path=folder / "none.json"),
@@ -77,14 +80,21 @@ def configuration(case: dict[str, Any], folder: Path) -> TrainConfig:
     )  # fmt: skip
 
 
+def vision_layers(case: dict[str, Any]) -> LayerLists:
+    """Of each stage; where the case says nothing, all are on the first."""
+    whole = [[0] * case["pp"] for _ in case["llm"]]
+    whole[0][0] = 4
+    return tuple(map(tuple, case["vit"] or whole))
+
+
 def make_checkpoint(case: dict[str, Any], folder: Path) -> None:
     from transformers import AutoModelForImageTextToText
 
     torch.manual_seed(0)
     AutoModelForImageTextToText.from_config(model_configuration(case)).float().save_pretrained(folder / "hf")
-    vit = [[0] * case["pp"] for _ in case["llm"]]
-    vit[0][0] = 4
-    layout = MegatronLayout(llm_pp_layers=case["llm"], vit_pp_layers=vit, tp_size=case["tp"])  # type: ignore[arg-type]
+    layout = MegatronLayout(
+        llm_pp_layers=case["llm"], vit_pp_layers=vision_layers(case), tp_size=case["tp"], vit_tp_size=case["vit_tp"]
+    )
     Converter.named(family_of(case["family"]).converter).hf_to_mm(folder / "hf", folder / "mm", layout)
 
 
@@ -153,7 +163,7 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     run = configuration(case, folder)
     hf_config = model_configuration(case)
     checkpoint = Checkpoint(folder / "mm", folder / "hf", run.parallel)
-    with model_parallel(run.parallel) as ranks:
+    with model_parallel(run.parallel, checkpoint.stages) as ranks:
         model = build_model(checkpoint, run, hf_config, ranks, torch.device("cpu"))
         trainer = Trainer(model, run.train, ranks)
         batches = [batch(case, hf_config) for _ in range(case["micro_batches"])]
@@ -172,7 +182,7 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         architecture = Architecture.read(folder / "hf")
         layout = Layout(
             tp_size=case["tp"], sequence_parallel=case["sp"], llm_pp_layers=tuple(map(tuple, case["llm"])),
-            dp_size=ranks.dp_size,
+            vit_pp_layers=vision_layers(case), vit_tp_size=case["vit_tp"], dp_size=ranks.dp_size,
         )  # fmt: skip
         training, load = Training.of(run, architecture), load_of(case)
         result["planned"] = vars(predict(architecture, training, layout, load, KERNELS["cpu"])[ranks.pp_rank])

@@ -17,7 +17,7 @@ from preference_reference import LOSSES, PAIRS, STEPS, encoded, offsets, step_pa
 from mm_finetune.config import ParallelConfig
 from mm_finetune.data import Batch, collate
 from mm_finetune.engine.model import QwenVL
-from mm_finetune.engine.parallel import model_parallel, transformer_config
+from mm_finetune.engine.parallel import model_parallel
 from mm_finetune.engine.step import Trainer
 from mm_finetune.engine.weights import Checkpoint
 from mm_finetune.preference.objective import PreferenceObjective, pair_numbers, paired
@@ -90,10 +90,9 @@ def compare(case: dict[str, Any], reference: Path, folder: Path) -> dict[str, An
     )
     checkpoint = made_checkpoint(case, reference, folder, parallel)
     train = replace(OPTIMIZATION, recompute=case["recompute"])
-    with model_parallel(parallel) as ranks:
+    with model_parallel(parallel, checkpoint.stages) as ranks:
         config = hf_config(json.loads((reference / "variant.json").read_text()))
-        settings = transformer_config(config.text_config, parallel, sum(map(tuple, case["llm"]), ()), train)
-        model = QwenVL(settings, config, ranks)
+        model = QwenVL(config, parallel, train, checkpoint.stages, ranks)
         checkpoint.load(model, ranks)
         trainer = Trainer(model, train, ranks)
         result: dict[str, Any] = case | {"dp": ranks.dp_size}

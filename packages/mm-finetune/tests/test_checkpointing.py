@@ -40,12 +40,20 @@ LAYOUTS: dict[str, tuple[Layout, list[str]]] = {
     ),
     "one-tied": (Layout(llm_pp_layers=((4,),), vit_pp_layers=((4,),)), ["parallel.pp_size=1", "model.hf_dir=hf-tied"]),
     "vpp2": (
-        Layout(llm_pp_layers=((1, 1), (1, 1)), vit_pp_layers=((4, 0), (0, 0))),
+        Layout(llm_pp_layers=((0, 1), (2, 1)), vit_pp_layers=((1, 3), (0, 0))),
         ["parallel.pp_size=2", "parallel.vpp_size=2"],
     ),
     "tp2pp2": (
-        Layout(llm_pp_layers=((2, 2),), vit_pp_layers=((4, 0),), tp_size=2),
+        Layout(llm_pp_layers=((0, 4),), vit_pp_layers=((2, 2),), tp_size=2),
         ["parallel.tp_size=2", "parallel.pp_size=2"],
+    ),
+    "tp2-whole-tower": (
+        Layout(llm_pp_layers=((4,),), vit_pp_layers=((4,),), tp_size=2, vit_tp_size=1),
+        ["parallel.tp_size=2", "parallel.pp_size=1"],
+    ),
+    "pp2-together-tied": (
+        Layout(llm_pp_layers=((0, 4),), vit_pp_layers=((4, 0),)),
+        ["parallel.pp_size=2", "model.hf_dir=hf-tied"],
     ),
 }  # fmt: skip
 # Four processes; what a layout leaves is data parallel.
@@ -58,6 +66,7 @@ STRAIGHT: dict[str, tuple[str, list[str]]] = {
     "tp2-pp2": ("tp2pp2", []),
     "dp4-bf16-whole": ("one", [*BF16, *WHOLE]),
     "pp2-whole-frozen": ("pp2", [*WHOLE, "train.freeze=[visual.*]"]),
+    "tp2-tower-on-each": ("tp2-whole-tower", WHOLE),
 }
 STRAIGHT = first(STRAIGHT, 5)
 # From which run, in which layout.
@@ -68,6 +77,8 @@ ELSEWHERE: dict[str, tuple[str, str, list[str]]] = {
     "dp4 to vpp2": ("dp4", "vpp2", WHOLE),
     "tp2-pp2 to dp4": ("tp2-pp2", "one", []),
     "pp2 to tp2, frozen": ("pp2-whole-frozen", "tp2", ["train.freeze=[visual.*]"]),
+    "tower whole on each to cut": ("tp2-tower-on-each", "tp2pp2", []),
+    "tied, to one stage with both ends": ("tied", "pp2-together-tied", []),
 }
 ELSEWHERE = first(ELSEWHERE, 2)
 

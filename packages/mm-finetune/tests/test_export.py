@@ -19,6 +19,8 @@ from mm_datafmt import convert
 from mm_finetune.cli import main
 from mm_finetune.config import load_config
 from mm_finetune.data import Batch
+from mm_finetune.evaluation.adapters import merge_adapter
+from mm_finetune.evaluation.answerer import load_model
 from mm_finetune.mini import make
 
 QWEN = Converter.named("Qwen2_5_VLConverter")
@@ -115,6 +117,25 @@ def test_weights_as_a_folder_of_transformers(world: Path, tmp_path: Path, capsys
     assert [path.name for path in tmp_path.iterdir()] == ["tuned"]
 
 
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_the_folder_says_the_type_of_its_weights(key: str, world: Path, tmp_path: Path) -> None:
+    """Whatever the folder that the run began with says; transformers then keeps every bit."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    hf = Path(shutil.copytree(world / "hf", tmp_path / "hf"))
+    config = json.loads((hf / "config.json").read_text())
+    for part in (config, config["text_config"], config["vision_config"]):
+        part.pop("dtype", None)
+    config[key] = config["text_config"][key] = "bfloat16"
+    (hf / "config.json").write_text(json.dumps(config))
+    assert export(world / "run", "--output", tmp_path / "tuned", "--hf_dir", hf) == 0
+    said = json.loads((tmp_path / "tuned/config.json").read_text())
+    assert said == config | {key: "float32", "text_config": {**config["text_config"], key: "float32"}}
+    model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "tuned", dtype="auto")
+    stored = load_file(tmp_path / "tuned/model.safetensors")
+    assert torch.equal(model.lm_head.weight, stored["lm_head.weight"])
+
+
 def test_any_checkpoint_of_a_run(world: Path, tmp_path: Path) -> None:
     for number, path in enumerate(("run/checkpoint", "run/checkpoint/iter_0000002", "run/checkpoint/iter_0000001")):
         assert export(world / path, "--output", tmp_path / str(number)) == 0
@@ -151,6 +172,37 @@ def test_it_is_merged_into_what_the_run_began_with(world: Path, tmp_path: Path) 
     adapter = next((tmp_path / "second/checkpoint").glob("iter_*/adapter"))
     ours = engine_says(world, str(tmp_path / "second"), f"lora.load={adapter}")
     assert close(says(tmp_path / "merged"), ours)
+
+
+@pytest.mark.long
+def test_layers_that_are_trained_in_full_go_along(world: Path, tmp_path: Path) -> None:
+    """Resumed as if never stopped; merged by export and by eval, as the engine that goes on from the adapter."""
+    whole = "lora.modules_to_save=[lm_head, embed_tokens, norm, visual.merger]"
+    settings = ["train.steps=3", "output.save_every=2", "lora.r=4", "lora.alpha=6", TARGETS, whole]
+    train(world, str(tmp_path / "run"), *settings)
+    shutil.copytree(tmp_path / "run", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed/checkpoint/iter_0000003")
+    (tmp_path / "resumed/checkpoint/latest_checkpointed_iteration.txt").write_text("2")
+    train(world, str(tmp_path / "resumed"), *settings, "output.resume=true")
+    adapter, resumed = (tmp_path / run / "checkpoint/iter_0000003/adapter" for run in ("run", "resumed"))
+    tensors, again = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, resumed))
+    assert tensors.keys() == again.keys()
+    assert all(torch.equal(tensors[name], again[name]) for name in tensors)
+    assert sorted(json.loads((adapter / "adapter_config.json").read_text())["modules_to_save"]) == [
+        "lm_head", "model.language_model.embed_tokens", "model.language_model.norm",
+        "model.visual.merger.ln_q", "model.visual.merger.mlp.0", "model.visual.merger.mlp.2",
+    ]  # fmt: skip
+
+    assert export(tmp_path / "run", "--output", tmp_path / "merged", "--merge") == 0
+    ours = engine_says(world, str(tmp_path / "run"), f"lora.load={adapter}")
+    assert close(says(tmp_path / "merged"), ours)
+    merged, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", world / "hf"))
+    assert torch.equal(merged["lm_head.weight"], tensors["base_model.model.lm_head.weight"])
+    assert not torch.equal(merged["lm_head.weight"], before["lm_head.weight"])
+    model = load_model(world / "hf")
+    merge_adapter(model, adapter)
+    with torch.no_grad():
+        assert close(logits(model, batch()), ours)
 
 
 def no_run(world: Path) -> Path:

@@ -12,8 +12,8 @@ from parity_reference import hf_config
 from torch import Tensor
 
 from mm_finetune.engine.layers import CoreAttention, MultimodalRotary, PackedRow, RMSNorm
+from mm_finetune.engine.pictures import geometry
 from mm_finetune.engine.pointwise import rms_norm, rotate, swiglu
-from mm_finetune.engine.vision import vision_tower
 
 
 def by_formula(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -101,18 +101,35 @@ def test_megatron_takes_a_packed_row_for_an_ordinary_one() -> None:
     assert PackedRow().qkv_format == "sbhd"
 
 
-def test_vision_tower_equals_transformers() -> None:
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+# With windows cut off at an edge, at both, and whole; frames of a video.
+GRIDS = ([[1, 8, 8], [1, 4, 12]], [[1, 6, 10], [2, 4, 4], [3, 20, 18]])
 
-    config = hf_config({"tied": False, "wide": False})
-    theirs: Any = Qwen2_5_VisionTransformerPretrainedModel._from_config(config.vision_config, dtype=torch.float32)
-    ours: Any = vision_tower(config, SimpleNamespace(params_dtype=torch.float32, recompute_granularity=None))
-    assert ours.state_dict().keys() == theirs.state_dict().keys()
-    ours.load_state_dict(theirs.state_dict())
-    # Two micro-batches in a row: windows of the first must not be those of the second. The second grid has a part of
-    # a window at each edge.
-    for grids in ([[1, 8, 8], [1, 4, 12]], [[1, 6, 10], [2, 4, 4]]):
-        grid = torch.tensor(grids)
-        pixels = torch.randn(int(grid.prod(-1).sum()), 1176, generator=torch.Generator().manual_seed(0))
-        wanted, got = (tower(pixels, grid_thw=grid).pooler_output for tower in (theirs, ours))
-        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+@pytest.mark.parametrize("grids", GRIDS)
+def test_patches_are_ordered_and_placed_as_by_transformers(grids: list[list[int]]) -> None:
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionRotaryEmbedding
+    from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
+
+    vision: Any = hf_config({"tied": False, "wide": False}).vision_config
+    grid, merge = torch.tensor(grids), vision.spatial_merge_size
+    order, windows = get_vision_window_index(grid, merge, vision.window_size, vision.patch_size)
+    width = vision.hidden_size // vision.num_heads
+    ours = geometry(
+        grids, merge=merge, window=vision.window_size // merge // vision.patch_size, head_dim=width, theta=10000.0,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    assert ours.order_M is not None
+    assert torch.equal(ours.order_M, order)
+    assert ours.windows.bounds == tuple(windows.tolist()) == tuple(ours.windows.cu_seqlens.tolist())
+    assert ours.frames.bounds == tuple(get_vision_cu_seqlens(grid).tolist())
+    assert torch.equal(ours.restored(ours.order_M), torch.arange(len(order)))
+    tables = Qwen2_5_VLVisionRotaryEmbedding(vision)(torch.zeros(1), get_vision_position_ids(grid, merge))
+    for got, table in zip(ours.rotary, tables, strict=True):
+        torch.testing.assert_close(got, ours.ordered(table, merge), rtol=1e-6, atol=1e-6)
+
+
+def test_without_windows_patches_stay_as_they_come() -> None:
+    ours = geometry([[2, 4, 8]], merge=2, window=0, head_dim=16, theta=10000.0, device=torch.device("cpu"))
+    patches = torch.arange(64)
+    assert ours.ordered(patches, 2) is patches
+    assert ours.frames.bounds == ours.windows.bounds == (0, 32, 64)

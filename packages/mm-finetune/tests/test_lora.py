@@ -9,6 +9,7 @@ import json
 import math
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,12 +19,13 @@ from parity_reference import OPTIMIZATION, hf_model, loss
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mm_convert import Converter, HuggingFaceFolder
+from mm_convert import Converter, HuggingFaceFolder, Ref
 from mm_finetune.config import LoraConfig
 from mm_finetune.engine.adapters import Dropout, Fused
 from mm_finetune.engine.lora import read_adapter
+from mm_finetune.engine.saved_modules import saved_rates
 from mm_finetune.errors import CheckpointError, ConfigError
-from mm_finetune.selection import adapted_layers
+from mm_finetune.selection import adapted_layers, saved_layers
 
 pytestmark = pytest.mark.long
 
@@ -249,6 +251,63 @@ def test_a_pattern_that_matches_nothing_says_what_there_is() -> None:
             adapted_layers(SHAPES, [never])
 
 
+@pytest.mark.parametrize(
+    ("patterns", "layers"),
+    [
+        (["lm_head", "embed_tokens"], ["model.embed_tokens", "lm_head"]),
+        (["norm"], ["model.norm"]),
+        (["visual.merger"], ["visual.merger.mlp.0"]),
+        (["visual.merger.*", "*.q_proj"], ["model.layers.0.self_attn.q_proj", "visual.merger.mlp.0"]),
+        (["mlp"], ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]),
+    ],
+)
+def test_which_layers_are_trained_in_full(patterns: list[str], layers: list[str]) -> None:
+    assert saved_layers(SHAPES, patterns) == layers
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("lm_heat", r"'lm_heat' matches no layer; there are model.embed_tokens, .*visual.blocks.\*.mlp.up_proj"),
+        ("lm_head.weight", "trained and saved whole, as PEFT does it: name them without .weight"),
+        ("merger", "matches no layer"),
+    ],
+)
+def test_what_is_no_layer_is_not_trained_in_full(pattern: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        saved_layers(SHAPES, ["lm_head", pattern])
+
+
+def test_a_tied_output_layer_is_named_by_its_embedding() -> None:
+    tied = [name for name in SHAPES if name != "lm_head.weight"]
+    with pytest.raises(ConfigError, match="name embed_tokens, which trains both"):
+        saved_layers(tied, ["lm_head"])
+
+
+def test_what_is_trained_in_full_gets_no_adapter() -> None:
+    merger = saved_layers(SHAPES, ["visual.merger"])
+    assert adapted_layers(SHAPES, ["visual.*"], merger) == ["visual.blocks.0.mlp.up_proj"]
+    with pytest.raises(ConfigError, match="no adapter is left; for full training leave the section lora out"):
+        adapted_layers(SHAPES, ["visual.merger.*"], merger)
+
+
+def test_a_part_of_a_fused_weight_is_not_trained_in_full() -> None:
+    """Megatron has queries, keys and values in one weight."""
+    published = tuple(f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkv")
+    checkpoint: Any = SimpleNamespace(
+        shapes=SHAPES | dict.fromkeys(published, (8, 8)), published=lambda: {Ref("file", "model", "qkv"): published}
+    )
+    config: Any = SimpleNamespace(
+        lora=LoraConfig(modules_to_save=("q_proj", "k_proj")), train=SimpleNamespace(freeze=(), lr_scale={})
+    )
+    with pytest.raises(ConfigError, match=r"qkv is one weight here: lora.modules_to_save must name the layers of all"):
+        saved_rates(checkpoint, config)
+    config.lora = LoraConfig(modules_to_save=("q_proj", "k_proj", "v_proj"))
+    config.train.lr_scale = {"*_proj.weight": 0.5}
+    rates = saved_rates(checkpoint, config)
+    assert [rates[name] for name in published] == [0.5, 0.5, 0.5]
+
+
 LAYERS = ["model.layers.0.mlp.up_proj", "visual.merger.mlp.0"]
 
 
@@ -278,3 +337,41 @@ def test_an_adapter_for_other_layers_is_refused(tmp_path: Path) -> None:
         read_adapter(lora, LAYERS[:1], QWEN)
     with pytest.raises(CheckpointError, match=r"lora.load: .* is no PEFT adapter"):
         read_adapter(LoraConfig(load=tmp_path), LAYERS, QWEN)
+
+
+WHOLE = {"model.embed_tokens.weight": (64, 8), "lm_head.weight": (64, 8)}
+
+
+def write_saved(folder: Path, **changed: Any) -> LoraConfig:
+    """A folder as PEFT writes it of an adapter with ``modules_to_save``: those have their plain names."""
+    write_adapter(folder, LAYERS, SHAPES, modules_to_save=["lm_head", "embed_tokens"], **changed)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors["base_model.model.model.language_model.embed_tokens.weight"] = torch.ones(64, 8)
+    tensors["base_model.model.lm_head.weight"] = torch.ones(64, 8)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return LoraConfig(r=4, alpha=8.0, load=folder)
+
+
+def test_an_adapter_with_layers_trained_in_full_is_read_for_the_same_ones(tmp_path: Path) -> None:
+    lora = write_saved(tmp_path / "adapter")
+    assert sorted(read_adapter(lora, LAYERS, QWEN, saved=WHOLE)) == sorted(LAYERS)
+    for other in ({}, {**WHOLE, "model.norm.weight": (8,)}, {**WHOLE, "lm_head.weight": (65, 8)}):
+        with pytest.raises(CheckpointError, match=r"lora.modules_to_save differ in"):
+            read_adapter(lora, LAYERS, QWEN, saved=other)
+    write_adapter(tmp_path / "none", LAYERS, SHAPES)
+    with pytest.raises(CheckpointError, match=r"differ in 2 weights: lm_head.weight, model.embed_tokens.weight; "):
+        read_adapter(LoraConfig(r=4, alpha=8.0, load=tmp_path / "none"), LAYERS, QWEN, saved=WHOLE)
+
+
+def test_ends_that_were_trained_apart_are_no_tied_models(tmp_path: Path) -> None:
+    tied = {"model.embed_tokens.weight": (64, 8)}
+    with pytest.raises(CheckpointError, match="one weight: train it with ensure_weight_tying"):
+        read_adapter(write_saved(tmp_path / "apart"), LAYERS, QWEN, saved=tied, tied=True)
+    together = write_saved(tmp_path / "together", ensure_weight_tying=True)
+    assert read_adapter(together, LAYERS, QWEN, saved=tied, tied=True)
+
+
+def test_another_kind_of_adapter_is_refused_under_its_own_name(tmp_path: Path) -> None:
+    lora = write_saved(tmp_path / "adapter", use_dora=True)
+    with pytest.raises(CheckpointError, match=f"{tmp_path}/adapter.*use_dora"):
+        read_adapter(lora, LAYERS, QWEN, saved=WHOLE)

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mm_finetune.engine.loss import linear_cross_entropy
+from mm_finetune.trial import while_measured
 
 POSITIONS, HIDDEN, VOCABULARY, CHUNK = 50, 16, 301, 8
 
@@ -129,3 +130,23 @@ def test_logits_are_never_whole() -> None:
     with Largest() as seen:
         reference(hidden, weight, labels, loss_weights)
     assert seen.elements == POSITIONS * VOCABULARY, "or the mode sees nothing"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_of_one_chunk_stand_at_a_time(dtype: torch.dtype) -> None:
+    """As torch's allocator sees it: what many chunks need at most is what one needs, and their hidden states' part."""
+    chunk, vocabulary, hidden = 256, 8192, 16
+    weight = torch.randn(vocabulary, hidden, dtype=dtype, requires_grad=True)
+
+    def most(positions: int) -> int:
+        states = torch.randn(positions, hidden, dtype=dtype, requires_grad=True)
+        labels, loss_weights = torch.zeros(positions, dtype=torch.long), torch.ones(positions)
+        _, peak = while_measured(
+            lambda: linear_cross_entropy(states, weight, labels, loss_weights, chunk=chunk), torch.device("cpu")
+        )
+        return peak
+
+    logits = 4 * chunk * vocabulary
+    one = most(chunk)
+    assert logits < one < 1.5 * logits + 3 * 4 * vocabulary * hidden, "rounded ones and a gradient of the weight beside"
+    assert most(4 * chunk) < one + logits / 10

@@ -32,11 +32,17 @@ ALL: list[dict[str, Any]] = [
     {"steps": MANY, "export": True},  # data parallel: one rank has no pictures
     {"packed": True, "dist_opt": False, "recompute": "full"},
     {"tp": 4, "variant": "wide", "sp": True},
-    {"tp": 2, "pp": 2, "llm": [[1, 3]], "sp": True, "packed": True, "export": True},
-    {"pp": 4, "llm": [[1, 1, 1, 1]], "variant": "tied"},
-    {"pp": 2, "llm": [[1, 1], [1, 1]], "packed": True, "export": True},
+    {"tp": 2, "pp": 2, "llm": [[0, 4]], "vit": [[2, 2]], "sp": True, "packed": True, "export": True},
+    {"pp": 4, "llm": [[0, 1, 1, 2]], "vit": [[2, 2, 0, 0]], "variant": "tied", "export": True},
+    {"pp": 2, "llm": [[0, 1], [2, 1]], "vit": [[1, 3], [0, 0]], "packed": True, "export": True},
     {"tp": 2, "dtype": "bf16", "sp": True, "packed": True},
-    {"tp": 2, "frozen": True, "sp": True, "recompute": "full"},
+    {"tp": 2, "frozen": "tower", "sp": True, "recompute": "full"},
+    {"pp": 2, "llm": [[0, 4]], "vit": [[2, 2]], "frozen": "tower", "recompute": "full"},
+    {"pp": 2, "llm": [[0, 4]], "vit": [[2, 2]], "frozen": "behind", "recompute": "full"},
+    {"tp": 2, "vit_tp": 1, "pp": 2, "llm": [[1, 3]], "sp": True},
+    {"pp": 4, "llm": [[1, 1, 1, 1]], "recompute": "full"},
+    {"pp": 2, "llm": [[1, 1], [1, 1]], "packed": True, "export": True},
+    {"pp": 2, "llm": [[0, 4]], "vit": [[4, 0]], "variant": "tied", "export": True},
     {"tp": 2, "packed": True, "recompute": "selective", "mean": "sample"},
     {"tp": 2, "variant": "tied", "sp": True, "recompute": "full"},
     {"pp": 2, "llm": [[2, 2]], "variant": "tied", "packed": True, "mean": "sample"},
@@ -55,14 +61,27 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# 12 a language layer, final norm, output layer; 12 a vision layer, 6 of merger and patches, the embedding. Behind the
+# first stage: two vision layers and the patches are left.
+GRADIENTS = {"": 103, "tower": 4 * 12 + 2, "behind": 2 * 12 + 1}
+
+
+def sharded(result: dict[str, Any]) -> int:
+    """Weights that rank 0 must mark as cut: 5 of a language layer, 6 of a vision layer, 3 of the merger, both ends."""
+    vit = result["vit"]
+    last = max((row, place) for row, counts in enumerate(vit) for place, count in enumerate(counts) if count)
+    tower = 0 if result["vit_tp"] == 1 else 6 * sum(row[0] for row in vit) + 3 * (last[1] == 0)
+    own_output = result["pp"] == 1 and result["variant"] != "tied"
+    ends = (result["llm"][0][0] > 0) + own_output
+    decoder: int = 5 * sum(row[0] for row in result["llm"])
+    return decoder + int(ends) + int(tower)
+
+
 def check(result: dict[str, Any], processes: int) -> None:
     assert result["dp"] == processes // (result["tp"] * result["pp"])
-    # 12 a language layer; 4 layers, final norm, output layer. With the vision tower and the embedding: 103 and more.
-    assert result["grads"] >= (4 * 12 + 2 if result["frozen"] else 103), "every parameter is compared"
+    assert result["grads"] >= GRADIENTS[result["frozen"]], "every parameter that trains is compared"
     assert result["tokens"], "tokens are counted over the whole global batch"
-    # Rank 0 marks five weights of each of its layers as sharded, the embedding, and an output layer of its own.
-    layers, own_output = sum(row[0] for row in result["llm"]), result["pp"] == 1 and result["variant"] != "tied"
-    assert result["sharded"] == 5 * layers + 1 + own_output
+    assert result["sharded"] == sharded(result)
     if result["dtype"] == "bf16":
         check_bf16(result)
         return

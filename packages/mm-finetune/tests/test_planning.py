@@ -1,56 +1,24 @@
-"""Plans against what torch really allocates, layouts against brute force."""
+"""Plans against what torch really allocates, against mm-convert's files, and by hand."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections import Counter
-from dataclasses import replace
-from itertools import product
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 from layouts import ask
+from planned import LOAD, SEVEN, TWO, trained
 
-from mm_finetune.cli import main
-from mm_finetune.config import TrainConfig, load_config
-from mm_finetune.errors import ConfigError
+from mm_convert import Converter, Ref, relate
+from mm_convert import Layout as MegatronLayout
+from mm_convert.plans import Spec
+from mm_finetune.families import family_of
 from mm_finetune.planning.activations import KERNELS
 from mm_finetune.planning.architecture import Architecture
-from mm_finetune.planning.layouts import RECOMPUTE, Candidate, balanced, candidates, chosen, fits
-from mm_finetune.planning.load import Load
-from mm_finetune.planning.memory import Layout, predict
+from mm_finetune.planning.memory import Layout, layout_states, predict
 from mm_finetune.planning.schedule import events
-from mm_finetune.planning.weights import Training
-
-# The published config.json of Qwen2.5-VL-7B-Instruct and Qwen2-VL-2B-Instruct: what decides on sizes.
-SEVEN = {
-    "model_type": "qwen2_5_vl", "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
-    "num_key_value_heads": 4, "num_hidden_layers": 28, "vocab_size": 152064, "tie_word_embeddings": False,
-    "vision_config": {
-        "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584,
-        "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "patch_size": 14, "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-    },
-}  # fmt: skip
-TWO = {
-    "model_type": "qwen2_vl", "hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12,
-    "num_key_value_heads": 2, "num_hidden_layers": 28, "vocab_size": 151936, "tie_word_embeddings": True,
-    "vision_config": {
-        "depth": 32, "embed_dim": 1280, "hidden_size": 1536, "mlp_ratio": 4, "num_heads": 16, "in_chans": 3,
-        "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
-    },
-}  # fmt: skip
-YAML = """
-model: {hf_dir: hf, load: mm}
-data: {path: none.json, seq_length: 2048}
-train: {steps: 4, global_batch_size: 64, dtype: bf16}
-output: {dir: run}
-"""
-LOAD = Load(rows=1, length=2048, loss_tokens=2048, patches=4096, micro_batches=8)
 
 CASES: list[dict[str, Any]] = [
     {"micro_batches": 1, "tp": 2, "saves": True},
@@ -63,7 +31,9 @@ CASES: list[dict[str, Any]] = [
     {"micro_batches": 1, "tp": 2, "recompute": "full", "dist_opt": False},
     {"micro_batches": 1, "dtype": "fp32", "freeze": ["visual.*", "lm_head*"], "saves": True},
     {"micro_batches": 1, "middle": False, "family": "qwen2_vl", "saves": True},
-    {"micro_batches": 2, "lora": ["q_proj", "v_proj", "down_proj"]},
+    {"micro_batches": 2, "lora": ["q_proj", "v_proj", "down_proj"], "saved": ["lm_head", "visual.merger"]},
+    {"pp": 2, "llm": [[0, 4]], "vit": [[2, 2]], "micro_batches": 4, "grids": [[1, 32, 32]]},
+    {"micro_batches": 1, "tp": 2, "vit_tp": 1, "recompute": "full", "grids": [[1, 32, 32]]},
 ]  # fmt: skip
 
 
@@ -126,6 +96,84 @@ def test_names_and_shapes_are_those_of_transformers(content: dict[str, Any]) -> 
     assert Architecture.of(nested) == Architecture.of(content), "the nested form that transformers 5 writes"
 
 
+@pytest.mark.parametrize("content", [SEVEN, TWO], ids=["7B", "2B"])
+@pytest.mark.parametrize(
+    ("tp", "llm", "vit", "more"),
+    [
+        (1, [[28]], [[32]], {}),
+        (2, [[28]], [[32]], {}),
+        (2, [[28]], [[32]], {"vit_tp_size": 1}),
+        (1, [[0, 28]], [[32, 0]], {}),
+        (2, [[12, 16]], [[32, 0]], {}),
+        (2, [[4, 8, 8, 8]], [[32, 0, 0, 0]], {"vit_tp_size": 1}),
+        (1, [[0, 2, 13, 13]], [[20, 12, 0, 0]], {}),
+        (2, [[0, 0, 14, 14]], [[16, 16, 0, 0]], {}),
+        (2, [[0, 7], [7, 14]], [[31, 1], [0, 0]], {}),
+        (4, [[28]], [[32]], {}),
+        (4, [[0, 10, 10, 8]], [[17, 15, 0, 0]], {}),
+    ],
+)
+def test_weights_are_those_of_the_files_that_mm_convert_would_make(
+    content: dict[str, Any], tp: int, llm: list[list[int]], vit: list[list[int]], more: dict[str, int]
+) -> None:
+    """To the byte, rank by rank, by the rules of mm-convert, which know nothing of ours."""
+    architecture = Architecture.of(content)
+    if architecture.kv_heads % tp or (architecture.tied and len(llm[0]) == 2 and not llm[0][0] and len(llm) == 1):
+        # No such layout; or both ends stand on one stage: the file then holds the embedding twice, the model once.
+        tp, llm = 1, [[1, 27]] if len(llm[0]) == 2 else llm
+    layout = MegatronLayout(llm_pp_layers=llm, vit_pp_layers=vit, tp_size=tp, **more)  # type: ignore[arg-type]
+    converter = Converter.named(family_of(architecture.model_type).converter)
+    tensors = {Ref("model.safetensors", "", name): Spec("BF16", shape) for name, shape in architecture.shapes().items()}
+    files, _ = relate(converter.family, converter.sizes_of(content, Path()), layout, tensors)
+    held: Counter[tuple[int, int]] = Counter()
+    for place, tensor in files.items():
+        held[layout.ranks(place).pp, layout.ranks(place).tp] += tensor.nbytes
+    ours = Layout(
+        tp_size=tp, sequence_parallel=False, llm_pp_layers=layout.llm_pp_layers, vit_pp_layers=layout.vit_pp_layers,
+        vit_tp_size=layout.vit_tp_size, dp_size=1,
+    )  # fmt: skip
+    stages = layout_states(architecture, trained(architecture), ours, KERNELS["npu"])
+    assert held == {(stage, rank): each.weights for stage, each in enumerate(stages) for rank in range(tp)}
+    assert all(each.gradients == 2 * each.weights for each in stages)
+
+
+def test_a_cut_tower_by_hand() -> None:
+    """7B on four tensor-parallel ranks: the shapes of its vision layers, of which norms, the patch embedding and what
+    is added behind the sum over ranks are whole on each."""
+    architecture = Architecture.of(SEVEN)
+    block = 2 * 1280 + (3 * 1280 * 1280 + 3 * 1280) / 4 + 1280 * 1280 / 4 + 1280
+    block += 2 * (3420 * 1280 + 3420) / 4 + 1280 * 3420 / 4 + 1280
+    merger = 1280 + (5120 * 5120 + 5120) / 4 + 3584 * 5120 / 4 + 3584
+    layout = Layout(
+        tp_size=4, sequence_parallel=False, llm_pp_layers=((0, 0, 28),), vit_pp_layers=((20, 12, 0),), dp_size=1
+    )
+    first, second, _ = layout_states(architecture, trained(architecture), layout, KERNELS["npu"])
+    assert first.weights == 2 * (1280 * 3 * 2 * 14 * 14 + 20 * block)
+    assert second.weights == 2 * (12 * block + merger)
+
+
+@pytest.mark.parametrize(
+    ("recompute", "tp", "vit_tp"), [("none", 2, 0), ("none", 4, 1), ("full", 4, 0), ("selective", 2, 0)]
+)
+def test_what_a_stage_of_vision_layers_keeps_by_hand(recompute: str, tp: int, vit_tp: int) -> None:
+    """16 layers between others, three micro-batches under way; selective recomputation is the language model's."""
+    architecture = Architecture.of(SEVEN)
+    layout = Layout(
+        tp_size=tp, sequence_parallel=True, llm_pp_layers=((0, 0, 14, 14),), vit_pp_layers=((8, 16, 8, 0),),
+        vit_tp_size=vit_tp, dp_size=1,
+    )  # fmt: skip
+    stage = predict(architecture, trained(architecture, recompute=recompute), layout, LOAD, KERNELS["npu"])[1]
+    patches, cut = LOAD.patches, vit_tp or tp
+    row, inner = patches * 1280 * 2, patches * 3420 * 2 / cut
+    norm = row + patches * 4
+    # Input of the fused product; queries and keys turned, the fused product's output, the result; 16 floats a head.
+    attention = norm + row + (2 + 3 + 1) * row / cut + patches * 16 / cut * 16 * 4
+    # Input, both halves, their product.
+    kept = row if recompute == "full" else attention + norm + row + 3 * inner
+    # Cosines and sines of 80 places, in float32; what is sent on. 1F1B: one for this stage and each behind it.
+    assert stage.activations == pytest.approx(3 * (16 * kept + 2 * patches * 80 * 4 + row))
+
+
 @pytest.mark.parametrize(("stages", "count"), [(1, 3), (2, 5), (4, 8), (4, 2)])
 def test_1f1b_keeps_as_many_micro_batches_as_there_are_stages_ahead(stages: int, count: int) -> None:
     for stage in range(stages):
@@ -151,133 +199,3 @@ def most_under_way(stage: int, stages: int, parts: int, count: int) -> int:
         assert held[part] >= 0, "nothing goes backwards before it went forwards"
         most = max(most, sum(held))
     return most
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Path:
-    (tmp_path / "hf").mkdir()
-    (tmp_path / "hf/config.json").write_text(json.dumps(SEVEN))
-    (tmp_path / "train.yaml").write_text(YAML)
-    return tmp_path
-
-
-def candidates_of(config: TrainConfig, devices: int) -> list[Candidate]:
-    architecture = Architecture.read(config.model.hf_dir)
-    training = Training.of(config, architecture)
-    return candidates(config, architecture, training, LOAD, KERNELS["npu"], devices)
-
-
-def test_every_legal_layout_is_there_once(world: Path) -> None:
-    """28 heads, 4 key-value heads, 28 layers; 64 samples are dealt to 1, 2, 4 or 8 ranks."""
-    found = candidates_of(load_config(world / "train.yaml"), 8)
-    expected = {
-        (tp, pp, vpp, sp, recompute)
-        for tp, pp, vpp, sp, recompute in product((1, 2, 4), (1, 2, 4, 8), (1, 2, 4), (False, True), RECOMPUTE)
-        if tp * pp <= 8 and (vpp == 1 or pp > 1) and pp * vpp <= 28 and (tp > 1 or not sp)
-    }
-    seen = [
-        (c.layout.tp_size, c.layout.pp_size, c.layout.vpp_size, c.layout.sequence_parallel, c.recompute) for c in found
-    ]
-    assert len(seen) == len(set(seen))
-    assert set(seen) == expected
-    for candidate in found:
-        assert candidate.layout.devices == 8
-        assert sum(map(sum, candidate.layout.llm_pp_layers)) == 28
-        assert min(map(min, candidate.layout.llm_pp_layers)) >= 1
-
-
-def test_a_batch_that_can_not_be_dealt_leaves_layouts_out(world: Path) -> None:
-    config = load_config(world / "train.yaml", ["train.global_batch_size=6"])
-    assert {candidate.layout.dp_size for candidate in candidates_of(config, 8)} == {1, 2}
-
-
-@pytest.mark.parametrize("gib", [40, 64, 80, 140])
-def test_the_cheapest_that_fits_is_chosen(gib: int, world: Path) -> None:
-    found = candidates_of(load_config(world / "train.yaml"), 8)
-    best = chosen(found, gib * 2**30)
-    room = [candidate for candidate in found if candidate.largest <= 0.92 * gib * 2**30]
-    assert best is not None
-    assert best.added == pytest.approx(min(candidate.added for candidate in room), abs=1e-3)
-    assert fits(best, gib * 2**30)
-
-
-def test_with_room_enough_nothing_is_cut_and_nothing_computed_again(world: Path) -> None:
-    best = chosen(candidates_of(load_config(world / "train.yaml"), 8), 10**13)
-    assert best is not None
-    assert (best.layout.tp_size, best.layout.pp_size, best.layout.dp_size, best.recompute) == (1, 1, 8, "none")
-
-
-def test_layers_are_dealt_out_by_work() -> None:
-    """The first stage has the tower as well, the last one the output layer; a frozen tower is a third of the work."""
-    architecture = Architecture.of(SEVEN)
-    rates = dict.fromkeys(architecture.shapes(), 1.0)
-    full = Training(element=2, distributed=True, recompute="none", rates=rates)
-    frozen = replace(full, rates=rates | {name: 0.0 for name in rates if name.startswith("visual.")})
-    trained_tower, frozen_tower = (balanced(architecture, one, LOAD, 4, 1)[0] for one in (full, frozen))
-    assert trained_tower[0] < frozen_tower[0] <= max(frozen_tower)
-    assert trained_tower[-1] <= trained_tower[1]
-    assert sum(trained_tower) == sum(frozen_tower) == 28
-
-
-def test_what_each_means_saves(world: Path) -> None:
-    """Each of them takes memory away from the fullest device; a second data-parallel rank, optimizer state alone."""
-    architecture = Architecture.of(SEVEN)
-    training = Training.of(load_config(world / "train.yaml"), architecture)
-    usual = Layout(tp_size=2, sequence_parallel=False, llm_pp_layers=((28,),), dp_size=1)
-
-    long = replace(LOAD, length=16384, loss_tokens=16384, patches=32768)
-
-    def total(training: Training = training, layout: Layout = usual, **load: Any) -> float:
-        (stage,) = predict(architecture, training, layout, replace(long, **load), KERNELS["npu"])
-        return stage.total
-
-    assert total(replace(training, recompute="full")) < total(replace(training, recompute="selective")) < total()
-    assert total(layout=replace(usual, sequence_parallel=True)) < total()
-    assert total(length=8192, loss_tokens=8192, patches=16384) < total()
-    parameters = sum(prod(shape) for shape in architecture.shapes().values())
-    tower = sum(prod(shape) for name, shape in architecture.shapes().items() if name.startswith("visual."))
-    saved = total() - total(layout=replace(usual, dp_size=2))
-    # Half of 12 bytes for each number of a rank: half of the decoder, all of the tower.
-    assert saved == pytest.approx(6 * (tower + (parameters - tower) / 2), rel=0.01)
-
-
-def test_the_plan_of_the_command(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", str(world / "train.yaml"), "parallel.tp_size=2", "--world_size", "8"]) == 0
-    said = capsys.readouterr().out
-    for words in (
-        "qwen2_5_vl: 8,292,166,656 weights, all train", "assumed: 50% of the tokens stand for pictures",
-        "configured: tp 2, pp 1, dp 4, recompute none", "chosen: tp ", "64.00 GiB less 8%", "too large",
-    ):  # fmt: skip
-        assert words in said
-    assert main(["plan", str(world / "train.yaml"), "--json", "--device_memory", "1000", "--world_size", "8"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["chosen"]["dp_size"] == 8
-    assert told["configured"]["stages"][0]["weights"] == pytest.approx(2 * 8_292_166_656, rel=1e-3)
-    assert main(["plan", str(world / "train.yaml"), "--device_memory", "5"]) == 0
-    assert "nothing fits 5.00 GiB" in capsys.readouterr().out
-
-
-def test_faults_of_the_command_are_one_line(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, words in (
-        (["parallel.tp_size=3", "--world_size", "4"], "needs a multiple of 3"),
-        (["--picture_share", "2"], "must lie between 0 and 1"),
-        (["--device_memory", "0"], "must be above 0"),
-        (["train.freeze=[vizual.*]"], "did you mean visual"),
-        (["model.hf_dir=nowhere"], "is model.hf_dir right?"),
-    ):
-        assert main(["plan", str(world / "train.yaml"), *arguments]) == 2
-        assert words in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="trained here are qwen2_5_vl, qwen2_vl"):
-        Architecture.of({"model_type": "llava"})
-
-
-def test_the_command_needs_no_torch(world: Path) -> None:
-    script = (
-        "import sys; from mm_finetune.cli import main; code = main(sys.argv[1:]);"
-        "sys.exit(code or sum(name in sys.modules for name in ('torch', 'transformers', 'megatron')))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, "plan", str(world / "train.yaml"), "--world_size", "16"],
-        capture_output=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr

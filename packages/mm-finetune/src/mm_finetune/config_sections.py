@@ -162,6 +162,9 @@ class LoraConfig:
         target_modules: the linear layers that get one: patterns over the published names, ``*`` matches dots too; or
             the last part of a name, which means the language model's layers: the vision tower's are taken by patterns
             that name it, ``visual.*``.
+        modules_to_save: layers that are trained in full beside the adapters and saved with them, as PEFT does it:
+            patterns over the published names of layers or of what holds them, ``visual.merger``; or the last part of
+            one outside the vision tower: ``lm_head``, ``embed_tokens``, ``norm``.
         load: PEFT's folder of an adapter to go on from; its rank, alpha and layers must be those given here.
     """
 
@@ -169,6 +172,7 @@ class LoraConfig:
     alpha: float = 16.0
     dropout: float = 0.0
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    modules_to_save: tuple[str, ...] = ()
     load: Path | None = None
 
 

@@ -45,13 +45,16 @@ def common_rate(name: str, parts: Iterable[str], rates: Mapping[str, float]) -> 
     return next(iter(found.values()))
 
 
-def adapted_layers(shapes: Mapping[str, Sequence[int]], patterns: Sequence[str]) -> list[str]:
+def adapted_layers(
+    shapes: Mapping[str, Sequence[int]], patterns: Sequence[str], saved: Sequence[str] = ()
+) -> list[str]:
     """The linear layers that get an adapter, by their published names without ``.weight``.
 
     Args:
         shapes: every weight of the whole model. Embedding and output layer are not adapted.
         patterns: over the layers' names, ``*`` matches dots too; or the last part of one, which then means the language
             model's: the vision tower's are taken by patterns that name it, ``visual.*``.
+        saved: layers that are trained in full, see :func:`saved_layers`; they get none.
 
     Raises:
         ConfigError: a pattern matches no linear layer.
@@ -68,7 +71,37 @@ def adapted_layers(shapes: Mapping[str, Sequence[int]], patterns: Sequence[str])
         raise ConfigError(
             f"lora.target_modules: {', '.join(map(repr, faults))} matches no linear layer; there are {', '.join(parts)}"
         )
-    return [name for name in linear if any(name in names for names in chosen.values())]
+    layers = [name for name in linear if name not in saved and any(name in names for names in chosen.values())]
+    if not layers:
+        raise ConfigError(
+            "lora.modules_to_save trains every layer of lora.target_modules in full, so no adapter is left; for full"
+            " training leave the section lora out"
+        )
+    return layers
+
+
+def saved_layers(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """The layers that are trained in full beside adapters, by their published names without ``.weight``.
+
+    Args:
+        names: every weight of the whole model.
+        patterns: over the names of layers or of what holds them (``visual.merger``), ``*`` matches dots too; or the
+            last part of one, which then means one outside the vision tower: ``lm_head``, ``embed_tokens``, ``norm``.
+
+    Raises:
+        ConfigError: a pattern matches no layer.
+    """
+    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+    chosen = {pattern: [layer for layer in layers if _is_saved(layer, pattern)] for pattern in patterns}
+    for pattern in (pattern for pattern, found in chosen.items() if not found):
+        if any(fnmatchcase(name, pattern) for name in names):
+            hint = "layers are trained and saved whole, as PEFT does it: name them without .weight and .bias"
+        elif "lm_head" not in layers and fnmatchcase("lm_head", pattern):
+            hint = "this model's output layer is its embedding: name embed_tokens, which trains both"
+        else:
+            hint = f"there are {', '.join(dict.fromkeys(_without_numbers(layer) for layer in layers))}"
+        raise ConfigError(f"lora.modules_to_save: {pattern!r} matches no layer; {hint}")
+    return [layer for layer in layers if any(layer in found for found in chosen.values())]
 
 
 def trainable_table(sizes: Mapping[str, int], rates: Mapping[str, float]) -> str:
@@ -94,6 +127,14 @@ def _is_meant(layer: str, pattern: str) -> bool:
     if any(sign in pattern for sign in ".*?["):
         return fnmatchcase(layer, pattern)
     return layer.startswith("model.") and layer.rpartition(".")[2] == pattern
+
+
+def _is_saved(layer: str, pattern: str) -> bool:
+    parts = layer.split(".")
+    places = [".".join(parts[: number + 1]) for number in range(len(parts))]
+    if any(sign in pattern for sign in ".*?["):
+        return any(fnmatchcase(place, pattern) for place in places)
+    return parts[0] != "visual" and pattern in parts[1 if parts[0] == "model" else 0 :]
 
 
 def _without_numbers(name: str) -> str:

@@ -137,7 +137,7 @@ def train_on(device: torch.device, run: PreparedRun) -> Path:
     from mm_finetune.preference.reference import preference_objective
 
     config, hf_config = run.config, AutoConfig.from_pretrained(run.config.model.hf_dir)
-    with mcore_on(device), model_parallel(config.parallel) as ranks:
+    with mcore_on(device), model_parallel(config.parallel, run.checkpoint.stages) as ranks:
         model = build_model(run.checkpoint, config, hf_config, ranks, device)
         trainer = Trainer(model, config.train, ranks)
         shape = ModelShape.of(hf_config)
@@ -251,8 +251,10 @@ def _start(run: PreparedRun, ranks: Ranks, device: torch.device) -> RunLog:
     config, folder, output = run.config, run.config.output.dir, run.config.output
     trackers: tuple[Tracker, ...] = ()
     if ranks.rank == 0:
-        make_ready(config, run.first_step - 1)
-        trackers = open_trackers(output.trackers, folder, project=output.project, settings=config.as_dict(folder))
+        done = run.first_step - 1
+        make_ready(config, done)
+        settings = config.as_dict(folder)
+        trackers = open_trackers(output.trackers, folder, project=output.project, settings=settings, done=done)
     peak = output.peak_tflops or device_peak_tflops(device)
     return RunLog(
         folder / METRICS if ranks.rank == 0 else None,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,7 @@ class Trial:
     Attributes:
         loss: of the first global batch.
         tokens: of it.
+        values: what else the objective says of it, by name.
         seconds: that its forward and backward passes took, the first ones of the process.
         memory: of the fullest process of each stage.
         layout: of the run.
@@ -60,6 +61,7 @@ class Trial:
     seconds: float
     memory: tuple[Measured, ...]
     layout: Layout
+    values: Mapping[str, float] = field(default_factory=dict)
 
 
 def prepared(config: TrainConfig, *, world_size: int) -> PreparedRun:
@@ -76,7 +78,7 @@ def prepared(config: TrainConfig, *, world_size: int) -> PreparedRun:
 def try_out(run: PreparedRun) -> Trial:
     """Build the model, run the first global batch forwards and backwards, and leave the weights as they are.
 
-    A run with ``preference`` is tried with the ordinary loss of both answers: no reference is computed.
+    The reference of a run with ``preference`` is worked out for this batch alone, and not kept.
     """
     from transformers import AutoConfig
 
@@ -84,13 +86,16 @@ def try_out(run: PreparedRun) -> Trial:
     from mm_finetune.engine.device import mcore_on
     from mm_finetune.engine.parallel import model_parallel, processes
     from mm_finetune.engine.step import Trainer
+    from mm_finetune.preference.reference import objective_at_start
 
     config, hf_config = run.config, AutoConfig.from_pretrained(run.config.model.hf_dir)
-    with processes() as device, mcore_on(device), model_parallel(config.parallel) as ranks:
+    with processes() as device, mcore_on(device), model_parallel(config.parallel, run.checkpoint.stages) as ranks:
         model = build_model(run.checkpoint, config, hf_config, ranks, device)
         trainer = Trainer(model, config.train, ranks)
         with closing(open_loader(run, ranks, device, report=False)) as loader:
             batches = loader.step(1, device).batches
+        if config.preference:
+            trainer.objective = objective_at_start(config.preference, batches, trainer, len(run.dataset))
         began = time.perf_counter()
         (loss, tokens), passes = while_measured(lambda: trainer.accumulate(batches), device)
         seconds = time.perf_counter() - began
@@ -98,11 +103,13 @@ def try_out(run: PreparedRun) -> Trial:
             tp_size=config.parallel.tp_size,
             sequence_parallel=config.parallel.sequence_parallel and config.parallel.tp_size > 1,
             llm_pp_layers=run.checkpoint.layout.llm_pp_layers,
+            vit_pp_layers=run.checkpoint.layout.vit_pp_layers,
+            vit_tp_size=run.checkpoint.layout.tp("vit"),
             dp_size=ranks.dp_size,
         )
         mine = _measured(run, trainer, batches, layout, passes, device)
         memory = _fullest(mine, ranks)
-    return Trial(loss=loss, tokens=tokens, seconds=seconds, memory=memory, layout=layout)
+    return Trial(loss=loss, tokens=tokens, seconds=seconds, memory=memory, layout=layout, values=trainer.values)
 
 
 def while_measured(run: Callable[[], Any], device: torch.device) -> tuple[Any, int]:

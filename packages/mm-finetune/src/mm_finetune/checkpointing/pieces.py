@@ -174,7 +174,9 @@ def _boxes(trainer: Trainer) -> dict[int, list[tuple[Box, int, int]]]:
                 )
                 assert entry.data.is_contiguous(), f"{name} is cut in a way that is not contiguous"
                 first = (entry.data.data_ptr() - parameter.data_ptr()) // parameter.element_size()
-                found.setdefault(id(parameter), []).append((box, first, _copies(entry.replica_id)))
+                # Where each tensor-parallel rank has the whole tower, Megatron takes each for the only one.
+                twice = getattr(parameter, "whole", False) and trainer.ranks.tp_rank > 0
+                found.setdefault(id(parameter), []).append((box, first, _copies(entry.replica_id) or int(twice)))
     return found
 
 

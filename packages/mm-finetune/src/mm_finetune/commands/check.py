@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mm_finetune.commands.train import leave_it_to_the_first
+from mm_finetune.commands.train import leave_it_to_the_first, notes
 
 if TYPE_CHECKING:
+    from mm_finetune.config import PreferenceConfig
     from mm_finetune.training import PreparedRun
     from mm_finetune.trial import Trial
 
@@ -55,6 +56,7 @@ def before(run: PreparedRun) -> str:
         _indented(_trainable(run)),
         f"data: {index.described()}",
         *(f"  record {fault.record}: {fault.message}" for fault in index.faults[:3]),
+        *(f"  {note}" for note in notes(run)),
         "  tokens of a record",
         histogram(index),
         f"record {first} as the model sees it ({'packed' if config.data.packing else 'padded'} rows)",
@@ -87,23 +89,40 @@ def after(run: PreparedRun, trial: Trial) -> str:
         f"first batch: loss {trial.loss:.4f}, {trial.tokens} tokens, {trial.seconds:.1f} s forwards and backwards;"
         " the weights were not changed",
     ]
+    if run.config.preference:
+        parts.append(_preference(run.config.preference, trial))
     return "\n".join(parts)
+
+
+def _preference(config: PreferenceConfig, trial: Trial) -> str:
+    numbers = "  ".join(f"{name} {value:.4f}" for name, value in trial.values.items())
+    if config.reference_free:
+        return f"  {config.loss} without a reference: {numbers}"
+    # The losses of a margin of 0, see mm_finetune.config.PreferenceConfig.
+    start = {"dpo": "ln 2 = 0.6931", "hinge": "1", "ipo": f"1 / (2 beta)^2 = {1 / (2 * config.beta) ** 2:.4g}"}
+    more = f", plus {config.sft_weight:g} times the chosen answers' loss" if config.sft_weight else ""
+    return (
+        f"  {config.loss}: before the first step the model is its own reference, so every margin is 0 and the loss of a"
+        f" pair is {start[config.loss]}{more}\n  {numbers}"
+    )
 
 
 def _trainable(run: PreparedRun) -> str:
     from math import prod
 
-    from mm_finetune.selection import adapted_layers, rates_of, trainable_table
+    from mm_finetune.selection import adapted_layers, rates_of, saved_layers, trainable_table
 
     config, shapes = run.config, run.checkpoint.shapes
     rates = rates_of(list(shapes), freeze=config.train.freeze, lr_scale=config.train.lr_scale)
     sizes = {name: prod(shape) for name, shape in shapes.items()}
     if config.lora is None:
         return trainable_table(sizes, rates)
-    layers = adapted_layers(shapes, config.lora.target_modules)
+    saved = saved_layers(shapes, config.lora.modules_to_save)
+    layers = adapted_layers(shapes, config.lora.target_modules, saved)
     adapters = {f"{layer}.adapter": config.lora.r * sum(shapes[f"{layer}.weight"]) for layer in layers}
     adapted = {f"{layer}.adapter": rates[f"{layer}.weight"] for layer in layers}
-    return trainable_table(sizes | adapters, dict.fromkeys(sizes, 0.0) | adapted)
+    in_full = {name: rate * (name.rpartition(".")[0] in saved) for name, rate in rates.items()}
+    return trainable_table(sizes | adapters, in_full | adapted)
 
 
 def _indented(text: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mm_convert import Layout as MegatronLayout
     from mm_finetune.config import TrainConfig
     from mm_finetune.planning.architecture import Architecture
     from mm_finetune.planning.load import Load
@@ -54,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--picture_share is {args.picture_share}; it must lie between 0 and 1")
     if not args.device_memory > 0:
         raise ConfigError(f"--device_memory is {args.device_memory}; it must be above 0")
+    if args.world_size is not None and args.world_size < 1:
+        raise ConfigError(f"--world_size is {args.world_size}; it must be 1 or more")
     devices = args.world_size or config.parallel.tp_size * config.parallel.pp_size
     dp_size = config.data_parallel_size(devices)
     architecture = Architecture.read(config.model.hf_dir)
@@ -94,20 +97,29 @@ def configured_layout(
     config: TrainConfig, architecture: Architecture, training: Training, load: Load, dp_size: int
 ) -> Layout:
     """The layout of a run: its layers as ``model.load`` has them, or dealt out evenly where that is not there."""
-    from mm_finetune.planning.layouts import balanced
+    from mm_finetune.planning.dealing import dealt, vision_tp_size
     from mm_finetune.planning.memory import Layout
 
     parallel = config.parallel
-    layers = _layers(config) or balanced(architecture, training, load, parallel.pp_size, parallel.vpp_size)
+    tp_size = parallel.tp_size
+    if found := _converted(config):
+        llm, vit, vit_tp_size = found.llm_pp_layers, found.vit_pp_layers, found.tp("vit")
+    else:
+        vit_tp_size = vision_tp_size(architecture, tp_size)
+        copies = tp_size // vit_tp_size
+        llm, vit = dealt(architecture, training, load, parallel.pp_size, parallel.vpp_size, copies)[-1]
     return Layout(
-        tp_size=parallel.tp_size,
-        sequence_parallel=parallel.sequence_parallel and parallel.tp_size > 1,
-        llm_pp_layers=layers,
+        tp_size=tp_size,
+        sequence_parallel=parallel.sequence_parallel and tp_size > 1,
+        llm_pp_layers=llm,
+        vit_pp_layers=vit,
+        vit_tp_size=vit_tp_size,
         dp_size=dp_size,
     )
 
 
-def _layers(config: TrainConfig) -> tuple[tuple[int, ...], ...] | None:
+def _converted(config: TrainConfig) -> MegatronLayout | None:
+    """The layout of ``model.load``, where that is there and cut as the run is."""
     from mm_convert import ConvertError, MegatronFolder
 
     try:
@@ -117,7 +129,8 @@ def _layers(config: TrainConfig) -> tuple[tuple[int, ...], ...] | None:
     found, asked = (
         (sizes.tp_size, sizes.pp_size, sizes.vpp_size) for sizes in (layout, config.parallel)
     )  # fmt: skip
-    return layout.llm_pp_layers if found == asked else None
+    # A shorter list of vision layers is repeated along the pipeline, which training refuses.
+    return layout if found == asked and len(layout.vit_pp_layers[0]) == layout.pp_size else None
 
 
 def _model_words(architecture: Architecture, training: Training) -> str:

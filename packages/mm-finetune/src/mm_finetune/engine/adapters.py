@@ -45,6 +45,8 @@ class AdapterSpec:
         alpha: the adapter's output is scaled with ``alpha / r``.
         dropout: probability of zeroing an input.
         rate: factor of its learning rate; 0 is not trained.
+        heads: its outputs are the queries, then the keys, then the values of so many heads, and Megatron has them head
+            by head; 0: they lie as they are.
     """
 
     name: str
@@ -53,6 +55,7 @@ class AdapterSpec:
     alpha: float
     dropout: float
     rate: float = 1.0
+    heads: int = 0
 
     @property
     def short(self) -> str:
@@ -69,6 +72,7 @@ class Adapter(nn.Module):
         cut: which of them is cut over tensor-parallel ranks.
         scattered: which of them sees only this rank's tokens, so that its gradient is summed over the ranks.
         alike: whether tensor-parallel ranks see the same inputs, and must drop the same of them.
+        group: the tensor-parallel ranks that share the layer.
     """
 
     def __init__(
@@ -79,11 +83,13 @@ class Adapter(nn.Module):
         cut: Half | None = None,
         scattered: Half | None = None,
         alike: bool = True,
+        group: Any,
     ) -> None:
         super().__init__()
+        self.group, self.heads = group, spec.heads
         self.name, self.alpha, self.scale = spec.name, spec.alpha, spec.alpha / len(spec.a_RI)
         self.axes = {"lora_A": {"lora_A": 1}, "lora_B": {"lora_B": 0}, None: {}}[cut]
-        wholes: dict[str, Tensor] = {"lora_A": spec.a_RI, "lora_B": spec.b_OR}
+        wholes: dict[str, Tensor] = {"lora_A": spec.a_RI, "lora_B": by_head(spec.b_OR, spec.heads)}
         for half, whole in wholes.items():
             parameter: Any = nn.Parameter(self._mine(half, whole).to(dtype), requires_grad=spec.rate > 0)
             if half in self.axes:
@@ -91,7 +97,7 @@ class Adapter(nn.Module):
             parameter.sequence_parallel = half == scattered
             parameter.lr_mult = spec.rate
             self.register_parameter(half, parameter)
-        self.dropout = Dropout(spec.dropout, 0 if alike else 1 + parallel_state.get_tensor_model_parallel_rank())
+        self.dropout = Dropout(spec.dropout, 0 if alike else 1 + group.rank())
 
     def down(self, x: Tensor) -> Tensor:
         """``A dropout(x)``: ``[..., I]`` to ``[..., R]``."""
@@ -110,7 +116,7 @@ class Adapter(nn.Module):
             prefix,
             self.axes,
             sharded_offsets,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            tp_group=self.group,
             dp_cp_group=(metadata or {}).get("dp_cp_group")
             or parallel_state.get_data_parallel_group(with_context_parallel=True),
         )
@@ -118,10 +124,18 @@ class Adapter(nn.Module):
     def _mine(self, half: str, whole: Tensor) -> Tensor:
         if half not in self.axes:
             return whole.clone()
-        rank = parallel_state.get_tensor_model_parallel_rank()
-        size = parallel_state.get_tensor_model_parallel_world_size()
-        mine: Tensor = whole.chunk(size, self.axes[half])[rank]
+        mine: Tensor = whole.chunk(self.group.size(), self.axes[half])[self.group.rank()]
         return mine.clone()
+
+
+def by_head(b_OR: Tensor, heads: int) -> Tensor:
+    """Outputs that lie kind by kind, laid head by head; see :class:`AdapterSpec`."""
+    return b_OR.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2) if heads else b_OR
+
+
+def by_kind(b_OR: Tensor, heads: int) -> Tensor:
+    """The other way round."""
+    return b_OR.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2) if heads else b_OR
 
 
 class Dropout(nn.Module):
@@ -175,10 +189,10 @@ class Fused:
 
 
 class AdaptableColumn(ColumnParallelLinear):
-    """Megatron's layer that is cut along its outputs; adapters may be put on."""
+    """Megatron's layer that is cut along its outputs; adapters may be put on. It adds its bias itself."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
+        super().__init__(*args, **settings | {"skip_bias_add": False})
         self.adapters = nn.ModuleDict()
 
     def adapt(self, specs: Iterable[AdapterSpec], fused: Fused) -> None:
@@ -187,8 +201,9 @@ class AdaptableColumn(ColumnParallelLinear):
         scattered: Half | None = "lora_A" if self.sequence_parallel else None
         for spec in specs:
             self.adapters[spec.short] = Adapter(
-                spec, self.weight.dtype, cut="lora_B", scattered=scattered, alike=not self.sequence_parallel
-            )
+                spec, self.weight.dtype, cut="lora_B", scattered=scattered, alike=not self.sequence_parallel,
+                group=self.tp_group,
+            )  # fmt: skip
 
     def forward(self, input_: Tensor, *args: Any, **settings: Any) -> tuple[Tensor, Tensor | None]:
         """As Megatron's."""
@@ -232,7 +247,9 @@ class AdaptableRow(RowParallelLinear):
         """Put the adapter on; nothing is fused in such a layer."""
         scattered: Half | None = "lora_B" if self.sequence_parallel else None
         (spec,) = specs
-        self.adapters[spec.short] = Adapter(spec, self.weight.dtype, cut="lora_A", scattered=scattered, alike=False)
+        self.adapters[spec.short] = Adapter(
+            spec, self.weight.dtype, cut="lora_A", scattered=scattered, alike=False, group=self.tp_group
+        )
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """As Megatron's."""
@@ -262,27 +279,6 @@ class AdaptableRow(RowParallelLinear):
         """For Megatron's checkpoints."""
         own: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         return own | _sharded(self.adapters, prefix, sharded_offsets, metadata)
-
-
-class AdaptedLinear(nn.Linear):
-    """torch's layer with an adapter, whole on every tensor-parallel rank.
-
-    Args:
-        theirs: the layer; its weights are taken over, with their names.
-        spec: what the adapter starts from.
-    """
-
-    def __init__(self, theirs: nn.Linear, spec: AdapterSpec) -> None:
-        super().__init__(theirs.in_features, theirs.out_features, device="meta")
-        self.weight, self.bias = theirs.weight, theirs.bias
-        self.adapters = nn.ModuleDict({spec.short: Adapter(spec, theirs.weight.dtype)})
-
-    def forward(self, input: Tensor) -> Tensor:
-        """As torch's."""
-        output = super().forward(input)
-        for adapter in map(_adapter, self.adapters.values()):
-            output = output + adapter.up(adapter.down(input))
-        return output
 
 
 def _adapter(module: nn.Module) -> Adapter:

@@ -9,8 +9,8 @@ import torch
 from mm_finetune.config import TrainConfig
 from mm_finetune.engine.lora import adapt, adapters_of
 from mm_finetune.engine.model import QwenVL
-from mm_finetune.engine.parallel import Ranks, transformer_config
-from mm_finetune.engine.weights import DECODER, Checkpoint
+from mm_finetune.engine.parallel import Ranks
+from mm_finetune.engine.weights import Checkpoint
 from mm_finetune.selection import common_rate, rates_of
 
 
@@ -30,9 +30,7 @@ def build_model(
         ConfigError: the model does not fit the parallel sizes, or patterns of the run do not fit the model.
         CheckpointError: the adapter that it begins with does not fit.
     """
-    llm_pp_layers = sum(checkpoint.layout.llm_pp_layers, ())
-    settings = transformer_config(hf_config.text_config, config.parallel, llm_pp_layers, config.train)
-    model = QwenVL(settings, hf_config, ranks)
+    model = QwenVL(hf_config, config.parallel, config.train, checkpoint.stages, ranks)
     checkpoint.load(model, ranks)
     if config.lora is not None:
         adapt(model, checkpoint, config, ranks)
@@ -54,8 +52,7 @@ def check_patterns(checkpoint: Checkpoint, config: TrainConfig) -> None:
         return
     rates = rates_of(list(checkpoint.shapes), freeze=config.train.freeze, lr_scale=config.train.lr_scale)
     for place, published in checkpoint.published().items():
-        if place.name.startswith(DECODER):
-            common_rate(place.name, published, rates)
+        common_rate(place.name, published, rates)
 
 
 def set_rates(model: QwenVL, checkpoint: Checkpoint, config: TrainConfig, ranks: Ranks) -> None:

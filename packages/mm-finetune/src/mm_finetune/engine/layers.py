@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 
 from mm_finetune.engine.attention import Rows, packed_attention
@@ -33,6 +34,15 @@ class RMSNorm(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Any shape whose last dimension is the hidden size."""
         return rms_norm(hidden_states, self.weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's, made as Megatron makes norms."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -78,15 +88,25 @@ class MultimodalRotary(nn.Module):
 
 
 class CoreAttention(nn.Module):
-    """Causal attention, grouped queries and M-RoPE included; within each sample of a packed row.
+    """Attention, grouped queries and rotary embedding included; within each sample of a packed row.
 
     Padding stands on the right, where a causal mask keeps it from every token that counts; so no mask
     of ``[S, S]`` is ever made.
+
+    Args:
+        attn_mask_type: causal, or none: a query then sees its whole sample.
+        softmax_scale: of the scores; default ``D ** -0.5``.
     """
 
-    def __init__(self, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:
+    def __init__(
+        self,
+        *_: Any,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        softmax_scale: float | None = None,
+        **__: Any,
+    ) -> None:
         super().__init__()
-        self.softmax_scale = softmax_scale
+        self.softmax_scale, self.causal = softmax_scale, attn_mask_type == AttnMaskType.causal
 
     def forward(
         self,
@@ -99,13 +119,13 @@ class CoreAttention(nn.Module):
     ) -> Tensor:
         """``[S, B, H, D]`` each, key and value with fewer heads; returns ``[S, B, H * D]``."""
         if attention_mask is not None:
-            raise ValueError("CoreAttention is causal and takes no mask")
+            raise ValueError("CoreAttention takes no mask; attn_mask_type says whether it is causal")
         tokens, batch = query.shape[:2]
         told = packed_seq_params or PackedRow()
         rows = told.rows or Rows.equal(batch, tokens, query.device)
         q_THD, k_THD, v_THD = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
         if told.rotary:
             q_THD, k_THD = (rotate(x_THD, *told.rotary) for x_THD in (q_THD, k_THD))
-        out_THD = packed_attention(q_THD, k_THD, v_THD, rows, self.softmax_scale)
+        out_THD = packed_attention(q_THD, k_THD, v_THD, rows, self.softmax_scale, causal=self.causal)
         out_BSH: Tensor = out_THD.flatten(1).unflatten(0, (batch, tokens))
         return out_BSH.transpose(0, 1)

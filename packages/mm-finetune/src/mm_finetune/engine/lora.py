@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,23 +15,28 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mm_convert import ConvertError
-from mm_convert.lora.config import CONFIG, WEIGHTS, AdapterFolder, target_modules
+from mm_convert import ConvertError, Ref
+from mm_convert.lora.config import CONFIG, WEIGHTS, target_modules
 from mm_convert.lora.conversion import AdapterConverter, AdapterOptions
 from mm_finetune.config import LoraConfig, TrainConfig
-from mm_finetune.engine.adapters import AdaptableColumn, AdaptableRow, AdaptedLinear, Adapter, AdapterSpec, Fused
+from mm_finetune.engine.adapters import AdaptableColumn, AdaptableRow, Adapter, AdapterSpec, Fused, by_kind
 from mm_finetune.engine.model import QwenVL
 from mm_finetune.engine.parallel import Ranks
+from mm_finetune.engine.saved_modules import SavedModules, saved_rates
 from mm_finetune.errors import CheckpointError, ConfigError
 from mm_finetune.output import new_folder
-from mm_finetune.selection import adapted_layers, rates_of
+from mm_finetune.peft_folder import MODULES, TIED, PeftFolder, peft_folder
+from mm_finetune.selection import adapted_layers, rates_of, saved_layers
 
 if TYPE_CHECKING:
     from mm_convert import Family
     from mm_finetune.engine.weights import Checkpoint, Weight
+
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +47,15 @@ class Adaptation:
         lora: the section of the configuration.
         base: the Hugging Face folder of the base model.
         family: of mm-convert; spells names.
+        saved: the layers that are trained in full.
+        tied: embedding and output layer are one weight.
     """
 
     lora: LoraConfig
     base: Path
     family: Family
+    saved: SavedModules
+    tied: bool
 
 
 def adapt(model: QwenVL, checkpoint: Checkpoint, config: TrainConfig, ranks: Ranks) -> None:
@@ -54,11 +63,17 @@ def adapt(model: QwenVL, checkpoint: Checkpoint, config: TrainConfig, ranks: Ran
     lora, adapters = config.lora, adapters_of(checkpoint, config)
     assert lora is not None, "called for a run with adapters"
     model.requires_grad_(False)
-    for weight in list(checkpoint.weights_of(model, ranks)):
+    weights, family = list(checkpoint.weights_of(model, ranks)), checkpoint.converter.family
+    saved = SavedModules.of(checkpoint, weights, saved_rates(checkpoint, config), ranks)
+    if lora.load:
+        fill_saved(saved, lora.load, family)
+    for weight in weights:
         held = {name.removesuffix(".weight") for name in weight.published if name.endswith(".weight")}
         if specs := [begin() for layer, begin in adapters.items() if layer in held]:
-            _put_on(weight, specs, model, checkpoint.shapes)
-    model.adaptation = Adaptation(lora=lora, base=config.model.hf_dir, family=checkpoint.converter.family)
+            _put_on(weight, specs, checkpoint.shapes)
+    model.adaptation = Adaptation(
+        lora=lora, base=config.model.hf_dir, family=family, saved=saved, tied=checkpoint.sizes.tied
+    )
     if lora.dropout:
         # What dropout draws its seeds from: the same on the ranks that share a layer, another one elsewhere.
         torch.default_generator.manual_seed(_number(f"{config.train.seed} {ranks.pp_rank} {ranks.dp_rank}"))
@@ -76,11 +91,14 @@ def adapters_of(checkpoint: Checkpoint, config: TrainConfig) -> dict[str, Callab
     """
     assert config.lora is not None, "called for a run with adapters"
     lora, seed, shapes = config.lora, config.train.seed, checkpoint.shapes
-    layers = adapted_layers(shapes, lora.target_modules)
+    saved = saved_rates(checkpoint, config)
+    layers = adapted_layers(shapes, lora.target_modules, saved_layers(shapes, lora.modules_to_save))
     rates = rates_of(list(shapes), freeze=config.train.freeze, lr_scale=config.train.lr_scale)
-    if not any(rates[f"{layer}.weight"] for layer in layers):
+    if not any((*saved.values(), *(rates[f"{layer}.weight"] for layer in layers))):
         raise ConfigError("nothing is left to train: train.freeze and train.lr_scale cover every adapted layer")
-    loaded = read_adapter(lora, layers, checkpoint.converter.family) if lora.load else {}
+    held = {name: shapes[name] for name in saved}
+    family, tied = checkpoint.converter.family, checkpoint.sizes.tied
+    loaded = read_adapter(lora, layers, family, saved=held, tied=tied) if lora.load else {}
 
     def begin(layer: str) -> AdapterSpec:
         a, b = loaded.get(layer) or _beginning(layer, lora.r, shapes[f"{layer}.weight"], seed)
@@ -104,9 +122,13 @@ def save_adapter(model: QwenVL, ranks: Ranks, folder: Path) -> None:
     assert isinstance(adaptation, Adaptation), "a model with adapters"
     if ranks.dp_rank == 0:
         wholes = _gathered(model)
+        saved = adaptation.saved.gathered(next(model.parameters()).device)
         if ranks.rank == 0:
             written = _spelling(adaptation.family)
             named = {written(f"{layer}.{half}.weight"): t for (layer, half), t in sorted(wholes.items())}
+            if adaptation.tied and EMBEDDING in saved:
+                saved[OUTPUT] = saved[EMBEDDING].clone()  # PEFT looks for both.
+            named |= {written(name): tensor for name, tensor in sorted(saved.items())}
             with new_folder(folder) as new:
                 save_file(named, new / WEIGHTS, metadata={"format": "pt"})
                 layers = sorted({layer for layer, _ in wholes})
@@ -115,8 +137,22 @@ def save_adapter(model: QwenVL, ranks: Ranks, folder: Path) -> None:
     dist.barrier()
 
 
-def read_adapter(lora: LoraConfig, layers: Iterable[str], family: Family) -> dict[str, tuple[Tensor, Tensor]]:
+def read_adapter(
+    lora: LoraConfig,
+    layers: Iterable[str],
+    family: Family,
+    *,
+    saved: Mapping[str, tuple[int, ...]] | None = None,
+    tied: bool = False,
+) -> dict[str, tuple[Tensor, Tensor]]:
     """A and B of every layer, from the PEFT folder ``lora.load``.
+
+    Args:
+        lora: the section of the configuration.
+        layers: published names of those that have an adapter.
+        family: of mm-convert; knows how names are spelt.
+        saved: shapes of the weights that are trained in full, which the folder must hold too.
+        tied: embedding and output layer are one weight.
 
     Raises:
         ConfigError: its rank or scale is not that of the run.
@@ -124,22 +160,25 @@ def read_adapter(lora: LoraConfig, layers: Iterable[str], family: Family) -> dic
     """
     assert lora.load is not None, "called where there is one"
     try:
-        folder = AdapterFolder.open(lora.load)
-        numbers, adapters = folder.numbers, AdapterConverter(family=family)
-        adapters.check_ranks(folder.tensors, folder.config)
-        pairs = adapters.pairs(folder.tensors)
+        with peft_folder(lora.load, family) as folder:
+            numbers, adapters = folder.adapter.numbers, folder.converter
+            tensors = adapters.chosen(folder.adapter.tensors)
+            adapters.check_ranks(tensors, folder.adapter.config)
+            pairs = adapters.pairs(tensors)
     except ConvertError as error:
         raise CheckpointError(f"lora.load: {error}") from error
-    tensors = load_file(lora.load / WEIGHTS)
+    _check_saved(lora.load, folder, saved or {}, tied=tied)
     found: dict[str, tuple[Tensor, Tensor]] = {}
-    for module, (a, b) in pairs.items():
-        names = adapters.spellings(module)
-        if (numbers.rank(*names), numbers.scale(*names)) != (lora.r, lora.alpha / lora.r):
-            raise ConfigError(
-                f"{lora.load} has r {numbers.rank(*names)} and scale {numbers.scale(*names):g} at {module}, the run"
-                f" lora.r={lora.r} lora.alpha={lora.alpha:g}; set them as in its {CONFIG}"
-            )
-        found[family.canonical(f"{module}.weight").removesuffix(".weight")] = (tensors[a.name], tensors[b.name])
+    with safe_open(folder.weights, framework="pt") as file:
+        for module, (a, b) in pairs.items():
+            names = adapters.spellings(module)
+            if (numbers.rank(*names), numbers.scale(*names)) != (lora.r, lora.alpha / lora.r):
+                raise ConfigError(
+                    f"{lora.load} has r {numbers.rank(*names)} and scale {numbers.scale(*names):g} at {module}, the run"
+                    f" lora.r={lora.r} lora.alpha={lora.alpha:g}; set them as in its {CONFIG}"
+                )
+            layer = family.canonical(f"{module}.weight").removesuffix(".weight")
+            found[layer] = (file.get_tensor(a.name), file.get_tensor(b.name))
     if odd := sorted(found.keys() ^ set(layers)):
         raise CheckpointError(
             f"{lora.load} and lora.target_modules differ in {len(odd)} layers: {', '.join(odd[:3])}; choose the modules"
@@ -148,31 +187,48 @@ def read_adapter(lora: LoraConfig, layers: Iterable[str], family: Family) -> dic
     return found
 
 
-def _put_on(weight: Weight, specs: list[AdapterSpec], model: QwenVL, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    path = weight.path.rpartition(".")[0]
-    layer = weight.root.get_submodule(path)
-    if isinstance(layer, AdaptableColumn | AdaptableRow):
-        layer.adapt(specs, _fused(weight, model, shapes))
-    else:
-        assert isinstance(layer, nn.Linear), f"{path} is a linear layer"
-        weight.root.set_submodule(path, AdaptedLinear(layer, specs[0]))
+def fill_saved(saved: SavedModules, directory: Path, family: Family) -> None:
+    """Begin layers that are trained in full as a PEFT folder has them; :func:`read_adapter` has checked it."""
+    with peft_folder(directory, family) as folder, safe_open(folder.weights, framework="pt") as file:
+        saved.fill(lambda name: file.get_tensor(folder.saved[name]))
 
 
-# The order in which Megatron fuses layers.
-_ORDER = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "o_proj", "down_proj")
+def _check_saved(load: Path, folder: PeftFolder, saved: Mapping[str, tuple[int, ...]], *, tied: bool) -> None:
+    theirs = {name: folder.adapter.tensors[Ref(WEIGHTS, "", held)].shape for name, held in folder.saved.items()}
+    if tied and EMBEDDING in theirs:
+        if not folder.tied:
+            raise CheckpointError(
+                f"{load} trained the embedding apart from the output layer; in this model they are one weight: train it"
+                " with ensure_weight_tying"
+            )
+        theirs.pop(OUTPUT, None)
+    if odd := sorted(name for name in theirs.keys() | saved.keys() if theirs.get(name) != saved.get(name)):
+        raise CheckpointError(
+            f"{load} and lora.modules_to_save differ in {len(odd)} weights: {', '.join(odd[:3])}; choose the modules"
+            " that were trained in full there"
+        )
 
 
-def _fused(weight: Weight, model: QwenVL, shapes: Mapping[str, tuple[int, ...]]) -> Fused:
+def _put_on(weight: Weight, specs: list[AdapterSpec], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    layer = weight.root.get_submodule(weight.path.rpartition(".")[0])
+    assert isinstance(layer, AdaptableColumn | AdaptableRow), f"{weight.path} is a linear layer"
+    config = layer.config
+    groups = ranks = 1
     outputs = {
         name.split(".")[-2]: shapes[name][0] for name in weight.published if name.endswith(".weight")
     }  # fmt: skip
-    groups, ranks = 1, model.config.tensor_model_parallel_size
-    if len(outputs) == 3:
-        groups = model.config.num_query_groups // ranks
-    if len(outputs) == 1:
-        ranks = 1  # The outputs of a layer that is cut along its inputs are whole.
-    widths = {name: outputs[name] // ranks // groups for name in _ORDER if name in outputs}
-    return Fused(widths=widths, groups=groups)
+    if isinstance(layer, AdaptableColumn):
+        ranks = layer.tp_group.size()
+    if outputs.keys() == set(_QKV):
+        groups = config.num_query_groups // ranks
+    if outputs.keys() == {"qkv"}:
+        specs = [replace(spec, heads=config.num_attention_heads) for spec in specs]
+    # Queries before keys; else as the alphabet has it: the gate before what it lets pass.
+    names = sorted(outputs, key=lambda name: (_QKV.index(name) if name in _QKV else 0, name))
+    layer.adapt(specs, Fused(widths={name: outputs[name] // ranks // groups for name in names}, groups=groups))
+
+
+_QKV = ("q_proj", "k_proj", "v_proj")
 
 
 def _beginning(layer: str, r: int, shape: tuple[int, ...], seed: int) -> tuple[Tensor, Tensor]:
@@ -190,25 +246,41 @@ def _number(words: str) -> int:
 
 def _gathered(model: QwenVL) -> dict[tuple[str, str], Tensor]:
     """All of A and B by layer and half, on every rank that holds a part of this copy of the model."""
-    mine = [
-        (module.name, half, module.axes.get(half), parallel_state.get_tensor_model_parallel_rank(), t.detach().cpu())
+    mine = {
+        (module.name, half): _Share(
+            axis=module.axes.get(half),
+            rank=module.group.rank(),
+            heads=module.heads if half == "lora_B" else 0,
+            tensor=tensor.detach().cpu(),
+        )
         for module in model.modules()
         if isinstance(module, Adapter)
-        for half, t in module.named_parameters()
-    ]
-    group = parallel_state.get_model_parallel_group()
-    gathered: list[list[tuple[str, str, int | None, int, Tensor]]] = [[] for _ in range(dist.get_world_size(group))]
-    dist.all_gather_object(gathered, mine, group=group)
-    parts: dict[tuple[str, str], dict[int, Tensor]] = {}
-    axes: dict[tuple[str, str], int | None] = {}
-    for layer, half, axis, rank, tensor in (entry for held in gathered for entry in held):
-        parts.setdefault((layer, half), {})[rank] = tensor
-        axes[layer, half] = axis
-    return {
-        place: held[0].contiguous() if axis is None else torch.cat([held[rank] for rank in sorted(held)], axis)
-        for place, held in parts.items()
-        for axis in (axes[place],)
+        for half, tensor in module.named_parameters()
     }
+    group = parallel_state.get_model_parallel_group()
+    gathered: list[dict[tuple[str, str], _Share]] = [{}] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, mine, group=group)
+    shares: dict[tuple[str, str], dict[int, _Share]] = {}
+    for held in gathered:
+        for place, share in held.items():
+            shares.setdefault(place, {})[share.rank] = share
+    return {place: _whole([held[rank] for rank in sorted(held)]) for place, held in shares.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Share:
+    """What a rank has of A or B: the axis along which it is cut, and how its outputs lie."""
+
+    axis: int | None
+    rank: int
+    heads: int
+    tensor: Tensor
+
+
+def _whole(shares: list[_Share]) -> Tensor:
+    some = shares[0]
+    tensor = some.tensor if some.axis is None else torch.cat([share.tensor for share in shares], some.axis)
+    return by_kind(tensor, some.heads).contiguous()
 
 
 def _spelling(family: Family) -> Callable[[str], str]:
@@ -218,7 +290,10 @@ def _spelling(family: Family) -> Callable[[str], str]:
 
 def _peft_config(adaptation: Adaptation, layers: list[str]) -> dict[str, object]:
     lora, written = adaptation.lora, _spelling(adaptation.family)
-    modules = [written(layer).removeprefix("base_model.model.") for layer in layers]
+    modules, saved = (
+        [written(layer).removeprefix("base_model.model.") for layer in some]
+        for some in (layers, sorted({name.rpartition(".")[0] for name in adaptation.saved.targets}))
+    )
     numbered = [module for module in modules if re.search(r"\.\d+\.", module)]
     patterns = [target_modules(numbered), *(re.escape(module) for module in modules if module not in numbered)]
     return {
@@ -229,10 +304,11 @@ def _peft_config(adaptation: Adaptation, layers: list[str]) -> dict[str, object]
         "init_lora_weights": True,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
+        MODULES: saved or None,
         "peft_type": "LORA",
         "r": lora.r,
         # Exactly these layers: a list of last parts would match in the vision tower too.
         "target_modules": "|".join(pattern for pattern in patterns if pattern),
         "task_type": "CAUSAL_LM",
         "use_rslora": False,
-    }
+    } | ({TIED: True} if adaptation.tied and EMBEDDING in adaptation.saved.targets else {})

@@ -104,10 +104,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits_NV = (hidden_NH[part] @ weight_VH.t()).float()
             loss += logits_cross_entropy(logits_NV, labels_N[part], group) @ loss_weights_N[part]
             grad_NV = logits_NV.mul_(loss_weights_N[part, None]).to(weight_VH.dtype)
+            # Each is let go before the next large tensor is made: the weight's product here, another chunk below.
+            del logits_NV
             if hidden_grad_NH is not None:
                 torch.mm(grad_NV, weight_VH, out=hidden_grad_NH[part])
             if weight_grad_VH is not None:
                 _add_product(weight_grad_VH, grad_NV.t(), hidden_NH[part])
+            del grad_NV
         ctx.save_for_backward(hidden_grad_NH, weight_grad_VH)
         ctx.weight = weight_VH
         return loss

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL for megatron-core: transformers' vision tower on the first stage, Megatron's decoder over all."""
+"""Qwen2.5-VL for megatron-core: the vision tower on the first stages, the language model on those that follow."""
 
 from __future__ import annotations
 
@@ -16,41 +16,65 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from mm_finetune.config import OptimizationConfig, ParallelConfig
 from mm_finetune.data import Batch
 from mm_finetune.engine.adapters import AdaptableColumn, AdaptableRow
 from mm_finetune.engine.attention import Rows
 from mm_finetune.engine.layers import CoreAttention, MultimodalRotary, PackedRow, RMSNorm
 from mm_finetune.engine.loss import linear_cross_entropy, linear_token_losses
-from mm_finetune.engine.parallel import Ranks
+from mm_finetune.engine.parallel import Ranks, transformer_config
+from mm_finetune.engine.pictures import Grid
 from mm_finetune.engine.pointwise import swiglu
-from mm_finetune.engine.vision import vision_tower
+from mm_finetune.engine.stages import Stages
+from mm_finetune.engine.vision import VisionTower
+from mm_finetune.errors import ConfigError
 
 
 class QwenVL(nn.ModuleList):
     """What one process holds of Qwen2.5-VL: a :class:`Chunk`, or with virtual pipeline stages several.
 
     Args:
-        config: Megatron's configuration.
-        hf_config: transformers' ``Qwen2_5_VLConfig``.
+        hf_config: transformers' ``Qwen2_5_VLConfig`` or ``Qwen2VLConfig``.
+        parallel: parallel sizes.
+        train: precision and recomputation; None: float32, none.
+        stages: which stage has what.
         ranks: where this process stands.
 
     Attributes:
+        config: Megatron's configuration of the language model.
         adaptation: what :mod:`mm_finetune.engine.lora` remembers of the adapters that it put on; None: there are none.
+
+    Raises:
+        ConfigError: the model does not fit the parallel sizes.
     """
 
-    def __init__(self, config: TransformerConfig, hf_config: Any, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        hf_config: Any,
+        parallel: ParallelConfig,
+        train: OptimizationConfig | None,
+        stages: Stages,
+        ranks: Ranks,
+    ) -> None:
         super().__init__()
-        self.config = config
+        self.config = transformer_config(hf_config.text_config, parallel, stages.llm, train)
         self.adaptation: object = None
+        if hf_config.tie_word_embeddings and (faults := stages.tied_faults()):
+            raise ConfigError("; ".join(faults))
         for number in range(ranks.vpp_size):
-            if ranks.vpp_size > 1:
+            vp_stage = number if ranks.vpp_size > 1 else None
+            if vp_stage is not None:
                 parallel_state.set_virtual_pipeline_model_parallel_rank(number)
-            self.append(Chunk(config, hf_config, ranks, number))
+            stage = number * ranks.pp_size + ranks.pp_rank
+            tower = None
+            if stages.vit[stage]:
+                tower = VisionTower(hf_config, parallel, train, stages=stages, stage=stage, vp_stage=vp_stage)
+            self.append(Chunk(self.config, hf_config, tower, stages=stages, stage=stage, vp_stage=vp_stage))
 
     def __iter__(self) -> Iterator[Chunk]:
         """The chunks."""
@@ -60,45 +84,54 @@ class QwenVL(nn.ModuleList):
 class Chunk(MegatronModule):
     """One pipeline stage, or virtual pipeline stage, of Qwen2.5-VL.
 
-    The names under ``text_decoder`` are those of the checkpoint layout; ``visual`` holds the
-    Hugging Face tower, whole on every tensor-parallel rank of the first stage.
+    The names of its weights are those of the checkpoint layout.
 
     Args:
-        config: Megatron's configuration.
+        config: Megatron's configuration of the language model.
         hf_config: transformers' ``Qwen2_5_VLConfig``.
-        ranks: where this process stands.
-        number: which of the process's virtual stages.
+        tower: the stage's part of the vision tower.
+        stages: which stage has what.
+        stage: this one.
+        vp_stage: which of the process's virtual stages it is; None: there are none.
+
+    Attributes:
+        learns_below: something trains on the stages before this one; they want a gradient of what they sent.
     """
 
-    def __init__(self, config: TransformerConfig, hf_config: Any, ranks: Ranks, number: int) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        hf_config: Any,
+        tower: VisionTower | None,
+        *,
+        stages: Stages,
+        stage: int,
+        vp_stage: int | None,
+    ) -> None:
         super().__init__(config)
         self.model_type = ModelType.encoder_or_decoder
-        self.pre_process = ranks.first_stage and number == 0
-        self.post_process = ranks.last_stage and number == ranks.vpp_size - 1
-        self.vp_stage = number if ranks.vpp_size > 1 else None
+        self.stage, self.vp_stage, self.learns_below = stage, vp_stage, stage > 0
+        self.pre_process = stage == stages.embedding
+        self.post_process = stage == len(stages.llm) - 1
         self.share_embeddings_and_output_weights = hf_config.tie_word_embeddings
         self.picture_tokens: tuple[int, int] = (hf_config.image_token_id, hf_config.video_token_id)
-        self.visual = vision_tower(hf_config, config) if self.pre_process else None
+        self.image_encoder = tower
         text = hf_config.text_config
         self.rotary = MultimodalRotary(
             text.hidden_size // text.num_attention_heads,
             text.rope_parameters["rope_theta"],
             text.rope_parameters["mrope_section"],
         )
-        self.text_decoder = _decoder(config, hf_config, self)
-        if self.pre_process:
-            # Picture features are put in before anything is scattered.
-            embedding = self.text_decoder.embedding
-            embedding.word_embeddings.reduce_scatter_embeddings = False
-            embedding.scatter_to_sequence_parallel = False
+        self.received: Tensor | None = None
+        self.text_decoder = _decoder(config, hf_config, self, stages.llm[stage]) if stages.llm[stage] else None
 
-    def shared_embedding_or_output_weight(self) -> Tensor:
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
         """Where Megatron finds the tied weight."""
-        return self.text_decoder.shared_embedding_or_output_weight()  # type: ignore[no-any-return]
+        return None if self.text_decoder is None else self.text_decoder.shared_embedding_or_output_weight()
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Where Megatron hands over the previous stage's output."""
-        self.text_decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+        self.received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def forward(self, batch: Batch, *, logits: bool = False, each_token: bool = False, marked: bool = False) -> Tensor:
         """Run the stage.
@@ -109,13 +142,24 @@ class Chunk(MegatronModule):
             not 0, row after row: ``[positions, vocabulary / tp]``; with `each_token` ``[batch, tokens]``, the loss of
             each token whose ``loss_mask`` is not 0, without gradients.
             Other stages: hidden states ``[tokens, batch, hidden]``; with sequence parallelism this rank's tokens.
+            Before the language model: what the tower returns, or one number where there are no pictures.
         """
+        received, self.received = self.received, None
+        if self.text_decoder is None:
+            seen = self._see(batch, received)
+            return self._sent(torch.zeros(1, 1, 1, **self._like) if seen is None else seen, received)
         self.text_decoder.each_token = each_token
+        embedded = None
+        if self.pre_process:
+            words = self.text_decoder.embedding.word_embeddings(batch.input_ids)
+            embedded = self._embed(batch, words, self._see(batch, received), received)
+        else:
+            self.text_decoder.set_input_tensor(received)
         return self.text_decoder(  # type: ignore[no-any-return]
             batch.input_ids,
             batch.position_ids,
             None,
-            decoder_input=self._embed(batch) if self.pre_process else None,
+            decoder_input=embedded,
             labels=None if logits or marked else batch.labels,
             loss_mask=None if logits else batch.loss_mask,
             packed_seq_params=PackedRow(
@@ -124,30 +168,92 @@ class Chunk(MegatronModule):
             ),
         )
 
-    def _embed(self, batch: Batch) -> Tensor:
+    def _see(self, batch: Batch, received: Tensor | None) -> Tensor | None:
+        """Hidden states of the tower, or the features of all pictures, then videos; None: there are none."""
+        if all(grid is None for grid in (batch.image_grid_thw, batch.video_grid_thw)):
+            return None
+        x = received
+        if x is not None and not self.learns_below:
+            x = x.detach()
+        if self.image_encoder is None:
+            return x
+        if x is None:
+            pixels = [each for each in (batch.pixel_values, batch.pixel_values_videos) if each is not None]
+            x = torch.cat(pixels).to(self.config.params_dtype)
+        return self.image_encoder(x, _grids(batch))  # type: ignore[no-any-return]
+
+    def _embed(self, batch: Batch, embedded: Tensor, features: Tensor | None, received: Tensor | None) -> Tensor:
         """``[tokens, batch, hidden]``: word embeddings, with picture features where pictures and videos stand."""
-        embedded: Tensor = self.text_decoder.embedding.word_embeddings(batch.input_ids)
-        pictures = (batch.pixel_values, batch.image_grid_thw)
-        videos = (batch.pixel_values_videos, batch.video_grid_thw)
-        for (pixels, grid_thw), token in zip((pictures, videos), self.picture_tokens, strict=True):
-            if pixels is not None and self.visual is not None:
-                features = self.visual(pixels.to(embedded.dtype), grid_thw=grid_thw).pooler_output
+        if features is not None:
+            pairs = zip(self.picture_tokens, (batch.image_grid_thw, batch.video_grid_thw), strict=True)
+            kinds = {token: int(grid.prod(-1).sum()) for token, grid in pairs if grid is not None}
+            squares = [len(features) * patches // sum(kinds.values()) for patches in kinds.values()]
+            for token, part in zip(kinds, features[:, 0].to(embedded.dtype).split(squares), strict=True):
                 where = (batch.input_ids == token)[..., None].expand_as(embedded)
-                embedded = embedded.masked_scatter(where, features.to(embedded.dtype))
-        embedded = embedded.transpose(0, 1).contiguous()
-        if torch.is_grad_enabled() and not embedded.requires_grad:
-            # All of it is frozen. A layer that is computed again, or a stage that is all frozen, would take this for
-            # "no gradient is wanted of me", and its own weights would get none, without an error.
-            embedded.requires_grad_()
+                embedded = embedded.masked_scatter(where, part)
+        embedded = self._sent(embedded.transpose(0, 1).contiguous(), received)
         if self.config.sequence_parallel:
             embedded = scatter_to_sequence_parallel_region(embedded)
         return embedded
+
+    def _sent(self, x: Tensor, received: Tensor | None) -> Tensor:
+        """With a gradient to come, for itself and for what the stage before sent."""
+        if not torch.is_grad_enabled():
+            return x
+        if received is not None:
+            # The stage before waits for it, also where no picture or nothing that trains made use of it.
+            return cast(Tensor, _WithGradient.apply(x, received))
+        # All of it is frozen. A layer that is computed again, or a stage that is all frozen, would take this for
+        # "no gradient is wanted of me", and its own weights would get none, without an error.
+        return x if x.requires_grad else x.requires_grad_()
+
+    @property
+    def _like(self) -> dict[str, Any]:
+        return {"dtype": self.config.params_dtype, "device": next(self.parameters()).device}
+
+
+class _WithGradient(torch.autograd.Function):
+    """A tensor as it is; another one gets a gradient of zeros, beside what it gets on other ways."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, received: Tensor) -> Tensor:
+        ctx.received = (received.shape, received.dtype)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        shape, dtype = ctx.received
+        return grad, grad.new_zeros(shape, dtype=dtype)
+
+
+def _grids(batch: Batch) -> list[Grid]:
+    """Of all pictures, then of all videos; waits for the device."""
+    grids = [grid for grid in (batch.image_grid_thw, batch.video_grid_thw) if grid is not None]
+    found: list[Grid] = torch.cat(grids).tolist()
+    return found
 
 
 class Decoder(GPTModel):
     """Megatron's decoder with a loss that never holds all logits."""
 
     each_token = False  # GPTModel.forward passes no word of ours on
+
+    def setup_embeddings_and_output_layer(self) -> None:
+        """Mark the weights of both ends. Megatron's would sum their beginnings over stages of its own choice."""
+        ends = [self.embedding.word_embeddings.weight] if self.pre_process else []
+        if self.post_process and self.output_layer.weight is not None:
+            ends.append(self.output_layer.weight)
+        for weight in ends:
+            weight.is_embedding_or_output_parameter = True
+        if not self.share_embeddings_and_output_weights:
+            return
+        weight = self.shared_embedding_or_output_weight()
+        if self.pre_process and self.post_process:
+            weight.zero_out_wgrad = True
+        else:
+            weight.shared_embedding = True
+            # One of the two counts in the norm.
+            weight.shared = self.post_process
 
     def _postprocess(
         self, hidden_states: Tensor, *, labels: Tensor | None, loss_mask: Tensor | None, **rest: Any
@@ -183,7 +289,7 @@ class Decoder(GPTModel):
         return linear(hidden_states_SBH[place_N, row_N], weight_VH)
 
 
-def _decoder(config: TransformerConfig, hf_config: Any, chunk: Chunk) -> Decoder:
+def _decoder(config: TransformerConfig, hf_config: Any, chunk: Chunk, count: int) -> Decoder:
     text = hf_config.text_config
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
@@ -192,8 +298,7 @@ def _decoder(config: TransformerConfig, hf_config: Any, chunk: Chunk) -> Decoder
     mlp.activation_func = swiglu
     attention.linear_qkv = mlp.linear_fc1 = AdaptableColumn
     attention.linear_proj = mlp.linear_fc2 = AdaptableRow
-    count = get_num_layers_to_build(config, chunk.vp_stage)
-    return Decoder(
+    decoder = Decoder(
         config,
         TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm),
         vocab_size=text.vocab_size,
@@ -204,3 +309,8 @@ def _decoder(config: TransformerConfig, hf_config: Any, chunk: Chunk) -> Decoder
         position_embedding_type="none",  # attention has it, from PackedRow
         vp_stage=chunk.vp_stage,
     )
+    if chunk.pre_process:
+        # Picture features are put in before anything is scattered.
+        decoder.embedding.word_embeddings.reduce_scatter_embeddings = False
+        decoder.embedding.scatter_to_sequence_parallel = False
+    return decoder

@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mm_finetune.config import OptimizationConfig, ParallelConfig
+from mm_finetune.engine.stages import Stages
 from mm_finetune.errors import ConfigError, LostProcessError
 
 
@@ -33,7 +34,7 @@ class Ranks:
 
     @property
     def first_stage(self) -> bool:
-        """This process embeds tokens and pictures."""
+        """This process takes in pictures."""
         return self.pp_rank == 0
 
     @property
@@ -50,6 +51,7 @@ def processes() -> Iterator[torch.device]:
         The device of this process: an accelerator's, or the CPU.
 
     Raises:
+        ConfigError: they can't meet.
         LostProcessError: in the middle of the work, another process has ended.
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -59,7 +61,14 @@ def processes() -> Iterator[torch.device]:
         torch.accelerator.set_device_index(device.index)
     backend = dist.get_default_backend_for_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        try:
+            dist.init_process_group(backend)
+        except dist.DistError as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise ConfigError(
+                f"the processes could not meet at {where} ({str(error).splitlines()[0]:.200}); if another program has"
+                " the port, give torchrun another --master_port"
+            ) from error
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
@@ -84,12 +93,24 @@ _LOST = ("gloo/transport", "Connection closed by peer", "Connection reset by pee
 
 
 @contextlib.contextmanager
-def model_parallel(config: ParallelConfig) -> Iterator[Ranks]:
-    """Megatron's process groups for a layout; the seeds of its generators are set too."""
+def model_parallel(config: ParallelConfig, stages: Stages | None = None) -> Iterator[Ranks]:
+    """Megatron's process groups for a layout; the seeds of its generators are set too.
+
+    Args:
+        config: parallel sizes.
+        stages: which stage has what; default: the language model begins on the first.
+    """
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+    first = stages.embedding_rank if stages else 0
     virtual = config.vpp_size if config.vpp_size > 1 else None
-    parallel_state.initialize_model_parallel(config.tp_size, config.pp_size, virtual)
+    parallel_state.initialize_model_parallel(
+        config.tp_size,
+        config.pp_size,
+        virtual,
+        # Those that hold a tied weight, to sum its gradient.
+        get_embedding_ranks=lambda ranks, *_: sorted({ranks[first], ranks[-1]}),
+    )
     model_parallel_cuda_manual_seed(0)
     try:
         yield Ranks(
@@ -121,8 +142,6 @@ def transformer_config(
         ConfigError: the layers don't fit the stages, or the heads the tensor-parallel size.
     """
     _check_sizes(text, parallel, llm_pp_layers)
-    pipeline = parallel.pp_size > 1
-    dtype = torch.bfloat16 if train and train.dtype == "bf16" else torch.float32
     return TransformerConfig(
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
@@ -136,36 +155,53 @@ def transformer_config(
         layernorm_epsilon=text.rms_norm_eps,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
-        # Megatron's word for: the layer specification has it, and the gate is in it.
-        use_te_activation_func=True,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
         mrope_section=list(text.rope_parameters["mrope_section"]),
         tensor_model_parallel_size=parallel.tp_size,
-        pipeline_model_parallel_size=parallel.pp_size,
-        pipeline_model_parallel_layout=_stages(llm_pp_layers) if pipeline else None,
         # A sequence of one rank is whole; Megatron refuses to call that sequence parallel.
         sequence_parallel=parallel.sequence_parallel and parallel.tp_size > 1,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        autocast_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        # The optimizer step divides by the tokens of the whole global batch; Megatron then only sums.
-        calculate_per_token_loss=True,
-        cuda_graph_scope=[],
-        # Without it the shards are not marked as such, and the gradient norm counts rank 0's only.
-        perform_initialization=True,
-        use_cpu_initialization=True,
-        # Micro-batches are as long as their longest sample.
-        variable_seq_lengths=pipeline,
-        # Megatron asks for this one with variable lengths, even of a model without experts.
-        moe_token_dispatcher_type="alltoall",
-        # Freed outputs are read by sends that are still under way where there is no stream order.
-        deallocate_pipeline_outputs=False,
-        **(_INTERLEAVED if parallel.vpp_size > 1 else {}),
         **_RECOMPUTE[train.recompute if train else "none"],
-        **dict.fromkeys(_FUSIONS, False),
+        **common_settings(parallel, llm_pp_layers, train),
     )
+
+
+def common_settings(
+    parallel: ParallelConfig, layers: tuple[int, ...], train: OptimizationConfig | None
+) -> dict[str, Any]:
+    """What Megatron is told of either part of the model.
+
+    Args:
+        parallel: parallel sizes.
+        layers: of each pipeline stage.
+        train: precision; default: float32.
+    """
+    pipeline = parallel.pp_size > 1
+    dtype = torch.bfloat16 if train and train.dtype == "bf16" else torch.float32
+    return {
+        # Megatron's word for: the layer specification has it, and the gate is in it.
+        "use_te_activation_func": True,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "pipeline_model_parallel_size": parallel.pp_size,
+        "pipeline_model_parallel_layout": _stages(layers) if pipeline else None,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "autocast_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        # The optimizer step divides by the tokens of the whole global batch; Megatron then only sums.
+        "calculate_per_token_loss": True,
+        "cuda_graph_scope": [],
+        # Without it the shards are not marked as such, and the gradient norm counts rank 0's only.
+        "perform_initialization": True,
+        "use_cpu_initialization": True,
+        # Micro-batches are as long as their longest sample.
+        "variable_seq_lengths": pipeline,
+        # Megatron asks for this one with variable lengths, even of a model without experts.
+        "moe_token_dispatcher_type": "alltoall",
+        # Freed outputs are read by sends that are still under way where there is no stream order.
+        "deallocate_pipeline_outputs": False,
+        **(_INTERLEAVED if parallel.vpp_size > 1 else {}),
+        **dict.fromkeys(_FUSIONS, False),
+    }
 
 
 # With two stages both neighbours are the same process, and batched sends and receives would pair up wrongly,
@@ -202,8 +238,9 @@ def _check_sizes(text: Any, parallel: ParallelConfig, llm_pp_layers: tuple[int, 
         raise ConfigError("; ".join(faults))
 
 
-def _stages(llm_pp_layers: tuple[int, ...]) -> list[list[str]]:
-    stages = [["decoder"] * count for count in llm_pp_layers]
-    stages[0].insert(0, "embedding")
+def _stages(layers: tuple[int, ...]) -> list[list[str]]:
+    """For Megatron, to which any layer is a decoder's; before the first one it wants to hear of an embedding."""
+    stages = [["decoder"] * count for count in layers]
+    next(stage for stage in stages if stage).insert(0, "embedding")
     stages[-1].append("loss")
     return stages

@@ -26,6 +26,11 @@ def swiglu(x: Tensor) -> Tensor:
     return GATES.get(x.device.type, _written_swiglu)(x)
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    """``x * sigmoid(1.702 x)``, the activation of Qwen2-VL's tower (arXiv 1606.08415, section 2)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
 def rotate(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     """``x * cos + (-second half, first half) * sin``: the rotary embedding of Qwen.
 

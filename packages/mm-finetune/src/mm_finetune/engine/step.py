@@ -82,6 +82,7 @@ class Trainer:
             for number, chunk in enumerate(model)
         ]  # fmt: skip
         self.optimizer = _optimizer(config, self.wrapped, model.config.params_dtype)
+        _tell_what_learns_below(model)
         model.config.finalize_model_grads_func = _finalize
         model.config.grad_scale_func = self.optimizer.scale_loss
 
@@ -165,6 +166,17 @@ class Trainer:
         loss, tokens, *others = totals.tolist()
         self.values = dict(zip(values, others, strict=True))
         return self.values.pop(LOSS, loss), int(tokens)
+
+
+def _tell_what_learns_below(model: QwenVL) -> None:
+    """Of the stages that pass pictures on: whether anything before them trains; all stages must call."""
+    mine = {chunk.stage: any(p.requires_grad for p in chunk.parameters()) for chunk in model}
+    group = parallel_state.get_pipeline_model_parallel_group()
+    told: list[dict[int, bool]] = [{}] * dist.get_world_size(group)
+    dist.all_gather_object(told, mine, group=group)
+    learns = {stage: any_trains for one in told for stage, any_trains in one.items()}
+    for chunk in model:
+        chunk.learns_below = any(learns[stage] for stage in range(chunk.stage))
 
 
 def _optimizer(config: OptimizationConfig, wrapped: list[DistributedDataParallel], dtype: torch.dtype) -> Any:

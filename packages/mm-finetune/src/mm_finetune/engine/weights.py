@@ -1,9 +1,4 @@
-"""Checkpoints in the Megatron-style layout of mm-convert, in and out of a training stage.
-
-The decoder's names are the layout's own. The vision tower is transformers', whole on the first stage,
-while the layout cuts it over tensor-parallel ranks: mm-convert's rules join it on the way in and cut it
-on the way out.
-"""
+"""Checkpoints in the Megatron-style layout of mm-convert, in and out of a training stage, whose names they have."""
 
 from __future__ import annotations
 
@@ -26,22 +21,18 @@ from mm_convert import (
     MegatronFolder,
     Plan,
     Ref,
-    Segment,
-    assemble,
-    megatron_reader,
-    relate,
 )
-from mm_convert.megatron import CHECKPOINT_VERSION, RANK_FILE, TRACKER, load_rank_file, spec_of
+from mm_convert.megatron import CHECKPOINT_VERSION, RANK_FILE, TRACKER, load_rank_file
 from mm_finetune.config import ParallelConfig
-from mm_finetune.engine.model import QwenVL
+from mm_finetune.engine.model import Chunk, QwenVL
 from mm_finetune.engine.parallel import Ranks
+from mm_finetune.engine.stages import Stages
 from mm_finetune.errors import CheckpointError
 from mm_finetune.families import family_of
 
-DECODER = "text_decoder."
-TOWER = "visual."
-# Section of a rank's file, part of the model, name in it.
-Held: TypeAlias = dict[str, dict[str, dict[str, Tensor]]]
+EMBEDDING, OUTPUT = "text_decoder.embedding.word_embeddings.weight", "text_decoder.output_layer.weight"
+# Section of a rank's file, name in it.
+Held: TypeAlias = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +41,7 @@ class Weight:
 
     Attributes:
         root: the part of the model that it is in.
-        path: its name in there.
+        path: its name in there, and in the layout.
         published: the names of the Hugging Face tensors that it holds, whole or in part.
     """
 
@@ -87,6 +78,7 @@ class Checkpoint:
             raise CheckpointError(str(error)) from error
         self.layout: Layout = self.folder.layout
         _check_layout(mm_dir, self.layout, parallel)
+        self.stages = Stages.of(self.layout)
 
     def load(self, model: QwenVL, ranks: Ranks) -> None:
         """Fill this process's weights."""
@@ -94,11 +86,9 @@ class Checkpoint:
         sections = load_rank_file(path)
         for number, chunk in enumerate(model):
             held = sections.get(section_name(ranks, number), {})
-            decoder = {name.removeprefix(DECODER): t for name, t in held.items() if name.startswith(DECODER)}
-            _load(chunk.text_decoder, decoder)
-            if chunk.visual is not None:
-                read = megatron_reader(self.folder)
-                _load(chunk.visual, {n: assemble(self.plan, ref, read) for n, ref in self._tower_names().items()})
+            if _one_for_both(chunk):
+                held = {name: tensor for name, tensor in held.items() if name != OUTPUT}
+            _load(chunk, held)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -122,12 +112,8 @@ class Checkpoint:
         file = f"{self.layout.rank_dir(ranks.tp_rank, ranks.pp_rank)}/{RANK_FILE}"
         for number, chunk in enumerate(model):
             section = section_name(ranks, number)
-            for path, _ in chunk.text_decoder.named_parameters():
-                published = held[Ref(file, section, DECODER + path)]
-                yield Weight(root=chunk.text_decoder, path=path, published=published)
-            if chunk.visual is not None:
-                for path, _ in chunk.visual.named_parameters():
-                    yield Weight(root=chunk.visual, path=path, published=(TOWER + path,))
+            for path, _ in chunk.named_parameters():
+                yield Weight(root=chunk, path=path, published=held[Ref(file, section, path)])
 
     def save(self, model: QwenVL, ranks: Ranks, directory: Path, iteration: int) -> None:
         """Write this rank's file; when all have, give the folder its name and move the tracker; all ranks must call."""
@@ -155,12 +141,11 @@ class Checkpoint:
             return {}
         sections: Held = {}
         for number, chunk in enumerate(model):
-            modules = {DECODER: chunk.text_decoder, TOWER: chunk.visual}
-            sections[section_name(ranks, number)] = {
-                part: {name: copy(f"{number}.{part}{name}", t) for name, t in _tensors(module).items()}
-                for part, module in modules.items()
-                if module is not None
-            }
+            tensors = _tensors(chunk)
+            if _one_for_both(chunk) and ranks.pp_size > 1:
+                # In a pipeline the layout has it twice, wherever the ends are.
+                tensors[OUTPUT] = tensors[EMBEDDING]
+            sections[section_name(ranks, number)] = {name: copy(f"{number}.{name}", t) for name, t in tensors.items()}
         return sections
 
     def write(self, held: Held, ranks: Ranks, folder: Path, iteration: int) -> None:
@@ -171,39 +156,16 @@ class Checkpoint:
         """
         if not held:
             return
-        sections: dict[str, Any] = {
-            section: (self._cut_tower(parts[TOWER], ranks.tp_rank) if TOWER in parts else {})
-            | {DECODER + name: tensor for name, tensor in parts[DECODER].items()}
-            for section, parts in held.items()
-        }
         target = folder / self.layout.rank_dir(ranks.tp_rank, ranks.pp_rank)
         target.mkdir(parents=True, exist_ok=True)
         try:
             with (target / RANK_FILE).open("wb") as file:
-                torch.save({**sections, "iteration": iteration, "checkpoint_version": CHECKPOINT_VERSION}, file)
+                torch.save({**held, "iteration": iteration, "checkpoint_version": CHECKPOINT_VERSION}, file)
                 file.flush()
                 os.fsync(file.fileno())
         except RuntimeError as error:
             # What torch makes of an error in the middle of its writing.
             raise OSError(f"{target / RANK_FILE} can't be written: {error}") from error
-
-    def _tower_names(self) -> dict[str, Ref]:
-        """The tower's own parameter names, and the Hugging Face tensors that they are."""
-        canonical = {self.converter.family.canonical(ref.name): ref for ref in self.hf.tensors}
-        return {name.removeprefix(TOWER): ref for name, ref in canonical.items() if name.startswith(TOWER)}
-
-    def _cut_tower(self, tower: dict[str, Tensor], tp_rank: int) -> dict[str, Tensor]:
-        """The tower's slices of one tensor-parallel rank, under the layout's names."""
-        sources = {Ref("", "", TOWER + name): spec_of(t) for name, t in tower.items()}
-        targets, segments = relate(self.converter.family, self.sizes, self.layout, sources, parts=("vit",))
-        plan = Plan.build(sources, targets, segments)
-
-        def read(segment: Segment) -> Tensor:
-            tensor = tower[segment.source.name.removeprefix(TOWER)]
-            return tensor.narrow(segment.dim, segment.source_start, segment.length)
-
-        file = f"{self.layout.rank_dir(tp_rank, 0)}/{RANK_FILE}"
-        return {ref.name: assemble(plan, ref, read) for ref in targets if ref.file == file}
 
 
 def partial_folder(directory: Path, iteration: int) -> Path:
@@ -243,17 +205,16 @@ def _check_layout(mm_dir: Path, layout: Layout, parallel: ParallelConfig) -> Non
             f"{mm_dir} is cut for {found}, the run asks for {asked}; convert it for the run's layout, or set"
             f" parallel.tp_size={layout.tp_size} parallel.pp_size={layout.pp_size}{vpp}"
         )
-    elsewhere = sum(map(sum, layout.vit_pp_layers)) - layout.vit_pp_layers[0][0]
-    if elsewhere or any(0 in row for row in layout.llm_pp_layers):
-        raise CheckpointError(
-            f"{mm_dir} has {layout}; training wants every vision layer on the first stage and a language layer on"
-            " each: for example llm_pp_layers [[12,16]], vit_pp_layers [[32,0]]"
-        )
 
 
 def _sizes(tp_size: int, pp_size: int, vpp_size: int) -> str:
     virtual = f" with {vpp_size} virtual stages each" if vpp_size > 1 else ""
     return f"tp_size {tp_size} and pp_size {pp_size}{virtual}"
+
+
+def _one_for_both(chunk: Chunk) -> bool:
+    """One weight is embedding and output layer."""
+    return chunk.share_embeddings_and_output_weights and chunk.pre_process and chunk.post_process
 
 
 def _tensors(module: torch.nn.Module) -> dict[str, Tensor]:

@@ -5,10 +5,15 @@ The cost of a layout is the time that it adds to the arithmetic of a step, in pa
 * *recomputation*: 0.2 selective, 0.33 full: one more forward pass, of an MLP or a layer, beside the three passes that
   training takes;
 * *bubble*: ``(pp - 1) / (vpp * micro-batches)``, the share in which pipeline stages wait (arXiv 2104.04473, 2.2);
-* *uneven stages*: how much longer the slowest stage works than the average one;
-* *tensor parallel*: each layer sums ``[tokens, hidden]`` over the ranks four times, by a ring that moves
-  ``2 (tp - 1) / tp`` of it; set against the layer's arithmetic at :data:`SPEED` and :data:`LINK`. Sequence parallelism
-  moves the same. Only the order of magnitude of the two counts.
+* *uneven stages*: how much longer the slowest stage works than if all of them shared all work evenly; a vision tower
+  that tensor parallelism can't cut is worked through by every rank;
+* *tensor parallel*: each layer sums ``[tokens, hidden]``, of the tower ``[patches, width]``, over the ranks four times
+  (a frozen tower's twice), by a ring that moves ``2 (tp - 1) / tp`` of it; set against the arithmetic at :data:`SPEED`
+  and :data:`LINK`. Sequence parallelism moves the same. Only the order of magnitude of the two counts.
+
+The vision tower stands whole on the first stage; where the slowest stage then works longer than it must, there is a
+second candidate whose vision and language layers are dealt out one after the other, first stages holding vision layers
+alone. Tensor parallelism cuts the tower where its heads and widths can be divided.
 
 Gradients are summed over data-parallel ranks once a step; that is left out. Of the layouts that fit, the cheapest is
 chosen; of equal ones that with the smallest tp_size, then pp_size, then the least memory.
@@ -18,11 +23,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import ceil, prod
+from math import ceil
 from typing import TYPE_CHECKING
 
 from mm_finetune.planning.activations import Kernels
 from mm_finetune.planning.architecture import Architecture
+from mm_finetune.planning.dealing import dealt, vision_passes, vision_tp_size, work
 from mm_finetune.planning.load import Load
 from mm_finetune.planning.memory import Layout, StageMemory, layout_states, predict
 from mm_finetune.planning.weights import Training
@@ -108,16 +114,19 @@ def legal(
     sizes = (architecture.heads, architecture.kv_heads, architecture.ffn, architecture.vocabulary)
     tp_sizes = [tp for tp in range(1, LARGEST_TP + 1) if not any(size % tp for size in (*sizes, devices))]
     for tp_size in tp_sizes:
+        vit_tp_size = vision_tp_size(architecture, tp_size)
         for pp_size in range(1, architecture.layers + 1):
             dp_size = devices // (tp_size * pp_size)
             if devices % (tp_size * pp_size) or not _deals(config, dp_size):
                 continue
             for vpp_size in VPP_SIZES if pp_size > 1 else (1,):
-                if pp_size * vpp_size <= architecture.layers:
-                    layers = balanced(architecture, training, load, pp_size, vpp_size)
+                if pp_size * vpp_size > architecture.layers:
+                    continue
+                for llm, vit in dealt(architecture, training, load, pp_size, vpp_size, tp_size // vit_tp_size):
                     for sequence_parallel in (True, False) if tp_size > 1 else (False,):
                         yield Layout(
-                            tp_size=tp_size, sequence_parallel=sequence_parallel, llm_pp_layers=layers, dp_size=dp_size
+                            tp_size=tp_size, sequence_parallel=sequence_parallel, llm_pp_layers=llm, vit_pp_layers=vit,
+                            vit_tp_size=vit_tp_size, dp_size=dp_size,
                         )  # fmt: skip
 
 
@@ -136,56 +145,20 @@ def micro_batches(config: TrainConfig, dp_size: int) -> int:
     return ceil(train.global_batch_size / dp_size / max(1, held))
 
 
-def balanced(
-    architecture: Architecture, training: Training, load: Load, pp_size: int, vpp_size: int
-) -> tuple[tuple[int, ...], ...]:
-    """Layers of each stage so that all work about equally long; the tower is the first one's, the loss the last one's.
-
-    One layer after the other goes to the stage that has least to do, a later one if several have.
-    """
-    layer, tower, output = work(architecture, training, load)
-    stages = pp_size * vpp_size
-    counts, loads = [1] * stages, [layer] * stages
-    loads[0] += tower
-    loads[-1] += output
-    for _ in range(architecture.layers - stages):
-        stage = min(range(stages), key=lambda number: (loads[number], -number))
-        counts[stage] += 1
-        loads[stage] += layer
-    return tuple(tuple(counts[row * pp_size : (row + 1) * pp_size]) for row in range(vpp_size))
-
-
-def work(architecture: Architecture, training: Training, load: Load) -> tuple[float, float, float]:
-    """Operations of a micro-batch: of a decoder layer, the vision tower, the output layer; attention included.
-
-    As in :mod:`mm_finetune.watching.flops`: two for each weight and row, in three passes; a tower of which nothing
-    trains has one.
-    """
-    hidden, shapes = architecture.hidden, architecture.shapes()
-
-    def matrices(prefix: str) -> int:
-        return sum(prod(shape) for name, shape in shapes.items() if name.startswith(prefix) and len(shape) > 1)
-
-    layer = 3 * (2 * matrices("model.layers.0.") * load.tokens + 4 * hidden * load.rows * load.length**2)
-    passes = 3 if any(training.trains(name) for name in shapes if name.startswith("visual.")) else 1
-    # The merger has a row for four patches.
-    merger = matrices("visual.merger.") * (1 - 1 / architecture.vision.merge**2)
-    tower = passes * 2 * (matrices("visual.") - merger) * load.patches
-    return layer, tower, 3 * 2 * architecture.vocabulary * hidden * load.loss_tokens
-
-
 def costs(architecture: Architecture, training: Training, layout: Layout, load: Load) -> dict[str, float]:
     """The time that a layout adds, recomputation aside; see the module."""
-    layer, tower, output = work(architecture, training, load)
-    sums = [layer * sum(row[stage] for row in layout.llm_pp_layers) for stage in range(layout.pp_size)]
-    sums[0] += tower
-    sums[-1] += output
-    uneven = max(sums) / (sum(sums) / len(sums)) - 1
-    tp_size, vpp_size = layout.tp_size, layout.vpp_size
+    tp_size, vpp_size, vision = layout.tp_size, layout.vpp_size, architecture.vision
+    llm, vit = (sum(lists, ()) for lists in (layout.llm_pp_layers, layout.vit_pp_layers))
+    once = sum(work(architecture, training, load).of(llm, vit, layout.pp_size))
+    sums = work(architecture, training, load, tp_size // layout.tower_tp_size).of(llm, vit, layout.pp_size)
+    uneven = max(sums) / (once / layout.pp_size) - 1
     # Interleaved stages send vpp times as often; a hundredth keeps that from being free.
     bubble = (layout.pp_size - 1) / (vpp_size * load.micro_batches) + 0.01 * (vpp_size - 1)
-    moved = 4 * 2 * (tp_size - 1) / tp_size * load.tokens * architecture.hidden * training.element
-    tensor = (moved / LINK) / (layer / tp_size / SPEED)
+    summed = 4 * architecture.layers * load.tokens * architecture.hidden
+    if layout.tower_tp_size > 1:
+        summed += (vision_passes(training) + 1) * vision.depth * load.patches * vision.width
+    moved = 2 * (tp_size - 1) / tp_size * summed * training.element
+    tensor = (moved / LINK) / (once / tp_size / SPEED)
     return {"bubble": bubble, "uneven stages": uneven, "tensor parallel": tensor}
 
 

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 
 from mm_finetune.errors import ConfigError
 from mm_finetune.planning.architecture import Architecture
-from mm_finetune.selection import adapted_layers, common_rate, rates_of
+from mm_finetune.planning.megatron import PATCH_EMBEDDING, Cut, Fused, Part, decoder_layer, merger, vision_layer
+from mm_finetune.selection import adapted_layers, common_rate, rates_of, saved_layers
 
 if TYPE_CHECKING:
     from mm_finetune.config import TrainConfig
@@ -41,6 +42,7 @@ class Training:
         rates: the factor of each published weight's learning rate; 0 is frozen.
         adapters: rank of the adapter on each published layer that has one.
         dropout: of the adapters.
+        saved: the published weights that train beside adapters.
     """
 
     element: int
@@ -49,6 +51,7 @@ class Training:
     rates: Mapping[str, float]
     adapters: Mapping[str, int] = field(default_factory=dict)
     dropout: bool = False
+    saved: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, config: TrainConfig, architecture: Architecture) -> Training:
@@ -59,8 +62,10 @@ class Training:
         """
         train, lora, shapes = config.train, config.lora, architecture.shapes()
         rates = rates_of(list(shapes), freeze=train.freeze, lr_scale=train.lr_scale)
-        layers = adapted_layers(shapes, lora.target_modules) if lora else []
-        if lora and not any(rates[f"{layer}.weight"] for layer in layers):
+        in_full = saved_layers(shapes, lora.modules_to_save) if lora else []
+        saved = frozenset(name for name in shapes if name.rpartition(".")[0] in in_full)
+        layers = adapted_layers(shapes, lora.target_modules, in_full) if lora else []
+        if lora and not any(rates[name] for name in (*saved, *(f"{layer}.weight" for layer in layers))):
             raise ConfigError("nothing is left to train: train.freeze and train.lr_scale cover every adapted layer")
         return cls(
             element=2 if train.dtype == "bf16" else 4,
@@ -69,6 +74,7 @@ class Training:
             rates=rates,
             adapters=dict.fromkeys(layers, lora.r) if lora else {},
             dropout=bool(lora and lora.dropout),
+            saved=saved,
         )
 
     def trains(self, *published: str) -> bool:
@@ -78,7 +84,8 @@ class Training:
             ConfigError: the published ones have different factors.
         """
         if published not in self._known:
-            self._known[published] = not self.adapters and common_rate(published[0], published, self.rates) > 0
+            whole = not self.adapters or published[0] in self.saved
+            self._known[published] = whole and common_rate(published[0], published, self.rates) > 0
         return self._known[published]
 
     @cached_property
@@ -92,6 +99,14 @@ class Training:
     def adapter_trains(self, layer: str) -> bool:
         """Whether the adapter of a layer trains."""
         return self.rates[f"{layer}.weight"] > 0
+
+    def ranks(self, fused: Fused) -> list[int]:
+        """Of the adapters that train on the layers in a weight."""
+        return [self.adapters[layer] for layer in self.adapts(*fused.layers) if self.adapter_trains(layer)]
+
+    def moves(self, part: Part) -> bool:
+        """Whether any weight of a part trains, or the adapter of one."""
+        return any(self.ranks(fused) or self.trains(*fused.published) for fused in part.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,65 +151,64 @@ class Inventory:
         architecture: of the model.
         training: what trains.
         tp_size: tensor-parallel size.
+        vit_tp_size: of the vision tower, the same or 1; 0: the same.
     """
 
-    def __init__(self, architecture: Architecture, training: Training, tp_size: int) -> None:
+    def __init__(self, architecture: Architecture, training: Training, tp_size: int, vit_tp_size: int = 0) -> None:
         self.architecture, self.training, self.tp_size = architecture, training, tp_size
+        self.vit_tp_size = vit_tp_size or tp_size
         self.shapes = architecture.shapes()
 
-    def tower(self) -> list[Weight]:
-        """The vision tower, whole on every tensor-parallel rank."""
-        names = [name for name in self.shapes if name.startswith("visual.")]
-        layers = self.training.adapts(*(name.removesuffix(".weight") for name in names))
-        return [self._weight(name) for name in names] + [w for layer in layers for w in self._adapter(layer, cut=None)]
-
     def layer(self, number: int) -> list[Weight]:
-        """A decoder layer, with Megatron's fused weights."""
+        """A decoder layer."""
+        return self._part(decoder_layer(number), self.tp_size)
+
+    def patch_embedding(self) -> list[Weight]:
+        """The vision tower's first layer."""
+        return self._part(PATCH_EMBEDDING, self.vit_tp_size)
+
+    def vision_layer(self, number: int) -> list[Weight]:
+        """A layer of the vision tower."""
+        return self._part(vision_layer(number, gated=self.architecture.vision.gated), self.vit_tp_size)
+
+    def merger(self) -> list[Weight]:
+        """The merger behind the last of them."""
+        return self._part(merger(gated=self.architecture.vision.gated), self.vit_tp_size)
+
+    def embedding(self, *, copied: bool) -> list[Weight]:
+        """The embedding; with a copy on the last stage it has a bucket of its own."""
+        return [self._weight(Fused((EMBEDDING,), "outputs"), self.tp_size, shared=copied)]
+
+    def output(self, *, copied: bool) -> list[Weight]:
+        """Final norm and output layer; a tied one is the embedding where that stands here too, or a copy of it."""
+        norm = self._weight(Fused(("model.norm.weight",)), self.tp_size)
+        if not self.architecture.tied:
+            return [norm, self._weight(Fused((OUTPUT,), "outputs"), self.tp_size)]
+        return [norm, *self.embedding(copied=True)] if copied else [norm]
+
+    def _part(self, part: Part, tp_size: int) -> list[Weight]:
         found: list[Weight] = []
-        for published, cut in fused(number):
-            found.append(self._weight(*published, cut=cut is not None))
-            layers = self.training.adapts(*(name.removesuffix(".weight") for name in published))
-            found += [weight for layer in layers for weight in self._adapter(layer, cut=cut)]
+        for fused in part.values():
+            found.append(self._weight(fused, tp_size))
+            for layer in self.training.adapts(*fused.layers):
+                found += self._adapter(layer, tp_size, fused.cut)
         return found
 
-    def embedding(self, *, pipeline: bool) -> list[Weight]:
-        """The embedding; tied and in a pipeline it has a bucket of its own."""
-        return [self._weight(EMBEDDING, cut=True, shared=self.architecture.tied and pipeline)]
+    def _weight(self, fused: Fused, tp_size: int, *, shared: bool = False) -> Weight:
+        numel = sum(prod(self.shapes[name]) for name in fused.published)
+        return Weight(
+            numel=numel // tp_size if fused.cut else numel,
+            trained=self.training.trains(*fused.published),
+            inner=fused.published[0] not in (EMBEDDING, OUTPUT),
+            shared=shared,
+        )
 
-    def output(self, *, pipeline: bool) -> list[Weight]:
-        """Final norm and output layer; a tied one in a pipeline is a copy."""
-        norm = self._weight("model.norm.weight")
-        if not self.architecture.tied:
-            return [norm, self._weight(OUTPUT, cut=True)]
-        return [norm, self._weight(EMBEDDING, cut=True, shared=True)] if pipeline else [norm]
-
-    def _weight(self, *published: str, cut: bool = False, shared: bool = False) -> Weight:
-        numel = sum(prod(self.shapes[name]) for name in published)
-        trained = self.training.trains(*published)
-        inner = published[0] not in (EMBEDDING, OUTPUT)
-        return Weight(numel=numel // self.tp_size if cut else numel, trained=trained, inner=inner, shared=shared)
-
-    def _adapter(self, layer: str, *, cut: str | None) -> list[Weight]:
+    def _adapter(self, layer: str, tp_size: int, cut: Cut | None) -> list[Weight]:
         outputs, inputs = self.shapes[f"{layer}.weight"]
         rank, trained = self.training.adapters[layer], self.training.adapter_trains(layer)
-        outputs //= self.tp_size if cut == "outputs" else 1
-        inputs //= self.tp_size if cut == "inputs" else 1
+        outputs //= tp_size if cut == "outputs" else 1
+        inputs //= tp_size if cut == "inputs" else 1
         return [Weight(numel=rank * inputs, trained=trained), Weight(numel=outputs * rank, trained=trained)]
-
-
-def fused(number: int) -> list[tuple[list[str], str | None]]:
-    """The published weights in each of Megatron's in a decoder layer, and what tensor parallelism cuts it along."""
-    layer, attention, mlp = (f"model.layers.{number}.{part}" for part in ("", "self_attn.", "mlp."))
-    qkv = [f"{attention}{name}_proj" for name in "qkv"]
-    return [
-        ([f"{layer}input_layernorm.weight"], None),
-        ([f"{name}.weight" for name in qkv], "outputs"),
-        ([f"{name}.bias" for name in qkv], "outputs"),
-        ([f"{attention}o_proj.weight"], "inputs"),
-        ([f"{layer}post_attention_layernorm.weight"], None),
-        ([f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight"], "outputs"),
-        ([f"{mlp}down_proj.weight"], "inputs"),
-    ]
 
 
 def states(chunks: Sequence[Iterable[Weight]], training: Training, dp_size: int, *, foreach: bool) -> States:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from mm_finetune.planning.layouts import RESERVE, Candidate, fits
-from mm_finetune.planning.memory import Layout, StageMemory
+from mm_finetune.planning.memory import LayerLists, Layout, StageMemory
 
 GIB = 1 << 30
 # Columns of a stage's memory: what stands above them, and the attribute.
@@ -26,20 +26,24 @@ def layout_words(layout: Layout, recompute: str) -> str:
     """One line's worth."""
     sequence = " sp" if layout.sequence_parallel else ""
     virtual = f" vpp {layout.vpp_size}" if layout.vpp_size > 1 else ""
-    return (
-        f"tp {layout.tp_size}{sequence}, pp {layout.pp_size}{virtual}, dp {layout.dp_size}, recompute {recompute}"
-    )  # fmt: skip
+    _, *others = sum(layout.vit_pp_layers, ())
+    dealt = any(others) or 0 in sum(layout.llm_pp_layers, ())
+    lists = f", vision {_text(layout.vit_pp_layers)} llm {_text(layout.llm_pp_layers)}" if dealt else ""
+    sizes = f"tp {layout.tp_size}{sequence}, pp {layout.pp_size}{virtual}, dp {layout.dp_size}"
+    return f"{sizes}, recompute {recompute}{lists}"
 
 
 def stages_table(layout: Layout, stages: Sequence[StageMemory]) -> str:
     """Memory of a device of each stage, by part, the fullest one marked."""
     largest = max(range(len(stages)), key=lambda number: stages[number].total)
-    rows = [["stage", "layers", *(title for title, _ in PARTS), "at most", "under way"]]
+    rows = [["stage", "vision", "layers", *(title for title, _ in PARTS), "at most", "under way"]]
     for number, stage in enumerate(stages):
-        layers = " + ".join(str(row[number]) for row in layout.llm_pp_layers)
+        layers = [
+            " + ".join(str(row[number]) for row in lists) for lists in (layout.vit_pp_layers, layout.llm_pp_layers)
+        ]
         values = [size(getattr(stage, name)) for _, name in PARTS]
         mark = "  <- fullest" if number == largest and len(stages) > 1 else ""
-        rows.append([str(number), layers, *values, size(stage.total), f"{stage.micro_batches:g}{mark}"])
+        rows.append([str(number), *layers, *values, size(stage.total), f"{stage.micro_batches:g}{mark}"])
     return columns(rows)
 
 
@@ -78,9 +82,21 @@ def choice_words(found: Sequence[Candidate], best: Candidate | None, device_byte
         )
     else:
         why.append("  none adds less")
-    layers = " ".join(str(list(row)).replace(" ", "") for row in best.layout.llm_pp_layers)
-    why.append(f"  language layers of its stages: {layers}; the vision tower stands whole on the first")
+    why.append(f"  for mm-convert: {convert_options(best.layout)}")
     return "\n".join(why)
+
+
+def convert_options(layout: Layout) -> str:
+    """mm-convert's options that cut a checkpoint so."""
+    options = {"llm_pp_layers": _text(layout.llm_pp_layers), "vit_pp_layers": _text(layout.vit_pp_layers)}
+    options |= {"tp_size": str(layout.tp_size)}
+    if layout.tower_tp_size != layout.tp_size:
+        options["vit_tp_size"] = str(layout.tower_tp_size)
+    return " ".join(f"--cfg.parallel_config.{name} {value}" for name, value in options.items())
+
+
+def _text(lists: LayerLists) -> str:
+    return str([list(row) for row in lists]).replace(" ", "")
 
 
 def candidates_table(found: Sequence[Candidate], device_bytes: float, best: Candidate | None, most: int) -> str:
@@ -103,5 +119,7 @@ def as_values(layout: Layout, recompute: str, stages: Sequence[StageMemory]) -> 
     return {
         "tp_size": layout.tp_size, "pp_size": layout.pp_size, "vpp_size": layout.vpp_size, "dp_size": layout.dp_size,
         "sequence_parallel": layout.sequence_parallel, "recompute": recompute,
-        "llm_pp_layers": [list(row) for row in layout.llm_pp_layers], "stages": told,
+        "llm_pp_layers": [list(row) for row in layout.llm_pp_layers],
+        "vit_pp_layers": [list(row) for row in layout.vit_pp_layers], "vit_tp_size": layout.tower_tp_size,
+        "stages": told,
     }  # fmt: skip
