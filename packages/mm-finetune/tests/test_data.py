@@ -63,12 +63,12 @@ def test_weights_follow_their_labels() -> None:
 
 
 def test_pictures_videos_and_text_in_one_batch() -> None:
-    film = VideoInputs(torch.full((8, 1176), 3.0), torch.tensor([[2, 2, 2]]), (1.0,))
+    films = [VideoInputs(torch.full((8, 1176), number), torch.tensor([[2, 2, 2]]), (1.0,)) for number in (3.0, 4.0)]
     samples = [
         encoded([5, 6], [5, 6], image=True),
-        replace(encoded([7, 6], [7, 6], image=False), videos=film),
+        replace(encoded([7, 6], [7, 6], image=False), videos=films[0]),
         encoded([8, 6], [8, 6], image=False),
-        replace(encoded([9, 6], [9, 6], image=True), videos=film),
+        replace(encoded([9, 6], [9, 6], image=True), videos=films[1]),
     ]
     batch = collate(samples)
     assert batch.image_grid_thw is not None

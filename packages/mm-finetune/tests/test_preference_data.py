@@ -172,7 +172,11 @@ def test_sequences_of_a_pair_stand_beside_each_other(config: DataConfig, mini: P
     assert torch.equal(batch.input_ids, singles.input_ids)
     assert torch.equal(batch.loss_mask, singles.loss_mask)
     assert batch.image_grid_thw is not None
-    assert len(batch.image_grid_thw) == 2 * (2 + 2)
+    # Two pictures each, which go through the tower once and are shown before both answers.
+    assert len(batch.image_grid_thw) == 2 + 2
+    assert batch.image_order == (0, 1, 0, 1, 2, 3, 2, 3)
+    assert batch.pixel_values is not None
+    assert len(batch.pixel_values) == int(batch.image_grid_thw.prod(-1).sum())
     if packed:
         assert batch.cu_seqlens is not None
         assert batch.cu_seqlens.diff().tolist() == [*records[2].lengths, *records[5].lengths]

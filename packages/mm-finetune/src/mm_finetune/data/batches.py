@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from torch import Tensor
 from mm_finetune.images import ImageInputs
 from mm_finetune.template import IGNORE
 from mm_finetune.videos import VideoInputs
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,9 @@ class Batch:
             A token attends to its own sample alone.
         pixel_values_videos: ``[patches, 1176]`` float32 of all videos, or None as above.
         video_grid_thw: ``[videos, 3]`` int64, or None for no videos.
+        image_order: which pictures the sequences show, one after the other, where several show the same; empty: each
+            picture stands once, in order.
+        video_order: the same of videos.
         numbers: the record of each sequence, in the order of the rows; a record of several stands there as often.
     """
 
@@ -88,6 +93,8 @@ class Batch:
     cu_seqlens: Tensor | None = None
     pixel_values_videos: Tensor | None = None
     video_grid_thw: Tensor | None = None
+    image_order: tuple[int, ...] = ()
+    video_order: tuple[int, ...] = ()
     numbers: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
@@ -141,12 +148,26 @@ def _one_row(tensors: Sequence[Tensor], value: int) -> Tensor:
     return torch.cat(list(tensors), dim=-1)[None]
 
 
-def _media(samples: Sequence[EncodedSample]) -> dict[str, Tensor | None]:
-    images = [sample.images for sample in samples if sample.images]
-    videos = [sample.videos for sample in samples if sample.videos]
+def _media(samples: Sequence[EncodedSample]) -> dict[str, Any]:
+    images, image_order = _once([sample.images for sample in samples if sample.images], "image_grid_thw")
+    videos, video_order = _once([sample.videos for sample in samples if sample.videos], "video_grid_thw")
     return {
         "pixel_values": torch.cat([one.pixel_values for one in images]) if images else None,
         "image_grid_thw": torch.cat([one.image_grid_thw for one in images]) if images else None,
         "pixel_values_videos": torch.cat([one.pixel_values_videos for one in videos]) if videos else None,
         "video_grid_thw": torch.cat([one.video_grid_thw for one in videos]) if videos else None,
+        "image_order": image_order,
+        "video_order": video_order,
     }
+
+
+def _once(media: Sequence[T], grid: str) -> tuple[list[T], tuple[int, ...]]:
+    """What the sequences of a record share, one time; and where in it the pictures of each sequence are."""
+    places: dict[int, range] = {}
+    unique, end = [], 0
+    for one in media:
+        if id(one) not in places:
+            unique.append(one)
+            places[id(one)] = range(end, end := end + len(getattr(one, grid)))
+    order = tuple(number for one in media for number in places[id(one)])
+    return unique, () if len(unique) == len(media) else order

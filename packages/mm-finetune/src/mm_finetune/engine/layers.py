@@ -5,15 +5,18 @@ Shape suffixes: S tokens, B batch, H heads, D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
+from mm_finetune.engine.adapters import AdaptableColumn, AdaptableRow
 from mm_finetune.engine.attention import Rows, packed_attention
 from mm_finetune.engine.pointwise import rms_norm, rotate
 
@@ -129,3 +132,28 @@ class CoreAttention(nn.Module):
         out_THD = packed_attention(q_THD, k_THD, v_THD, rows, self.softmax_scale, causal=self.causal)
         out_BSH: Tensor = out_THD.flatten(1).unflatten(0, (batch, tokens))
         return out_BSH.transpose(0, 1)
+
+
+def norm_of(config: Any) -> type[RMSNorm | LayerNorm]:
+    """The norm that Megatron's configuration names."""
+    return RMSNorm if config.normalization == "RMSNorm" else LayerNorm
+
+
+def layer_spec(config: Any, activation: Callable[[Tensor], Tensor], *, causal: bool) -> ModuleSpec:
+    """A layer of Megatron's, with our attention and norms, and linear layers that take adapters.
+
+    Args:
+        config: Megatron's configuration.
+        activation: of the MLP; the gate is in it.
+        causal: tokens see what stands before them alone.
+    """
+    layer: ModuleSpec = get_gpt_layer_local_spec(normalization=config.normalization)
+    parts: Any = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = norm_of(config)
+    parts.self_attention.params = {"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask}
+    attention, mlp = parts.self_attention.submodules, parts.mlp.submodules
+    attention.core_attention = CoreAttention
+    mlp.activation_func = activation
+    attention.linear_qkv = mlp.linear_fc1 = AdaptableColumn
+    attention.linear_proj = mlp.linear_fc2 = AdaptableRow
+    return layer

@@ -58,7 +58,7 @@ def _blank(batch: Batch) -> Batch:
     }  # fmt: skip
     absent = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "cu_seqlens")
     changed |= dict.fromkeys(absent)
-    return replace(batch, **changed, tokens=0, numbers=())
+    return replace(batch, **changed, image_order=(), video_order=(), tokens=0, numbers=())
 
 
 def sequence_sums(batch: Batch, values: Tensor) -> Tensor:

@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from typing import Any, cast
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-    scatter_to_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from mm_finetune.config import OptimizationConfig, ParallelConfig
 from mm_finetune.data import Batch
-from mm_finetune.engine.adapters import AdaptableColumn, AdaptableRow
 from mm_finetune.engine.attention import Rows
-from mm_finetune.engine.layers import CoreAttention, MultimodalRotary, PackedRow, RMSNorm
-from mm_finetune.engine.loss import linear_cross_entropy, linear_token_losses
+from mm_finetune.engine.decoder import language_model
+from mm_finetune.engine.layers import MultimodalRotary, PackedRow
 from mm_finetune.engine.parallel import Ranks, transformer_config
 from mm_finetune.engine.pictures import Grid
-from mm_finetune.engine.pointwise import swiglu
 from mm_finetune.engine.stages import Stages
 from mm_finetune.engine.vision import VisionTower
 from mm_finetune.errors import ConfigError
@@ -123,7 +114,16 @@ class Chunk(MegatronModule):
             text.rope_parameters["mrope_section"],
         )
         self.received: Tensor | None = None
-        self.text_decoder = _decoder(config, hf_config, self, stages.llm[stage]) if stages.llm[stage] else None
+        self.text_decoder = None
+        if stages.llm[stage]:
+            self.text_decoder = language_model(
+                config,
+                hf_config,
+                layers=stages.llm[stage],
+                pre_process=self.pre_process,
+                post_process=self.post_process,
+                vp_stage=vp_stage,
+            )
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """Where Megatron finds the tied weight."""
@@ -146,8 +146,9 @@ class Chunk(MegatronModule):
         """
         received, self.received = self.received, None
         if self.text_decoder is None:
+            nothing = torch.zeros(1, 1, 1, dtype=self.config.params_dtype, device=batch.input_ids.device)
             seen = self._see(batch, received)
-            return self._sent(torch.zeros(1, 1, 1, **self._like) if seen is None else seen, received)
+            return self._sent(nothing if seen is None else seen, received)
         self.text_decoder.each_token = each_token
         embedded = None
         if self.pre_process:
@@ -185,12 +186,10 @@ class Chunk(MegatronModule):
     def _embed(self, batch: Batch, embedded: Tensor, features: Tensor | None, received: Tensor | None) -> Tensor:
         """``[tokens, batch, hidden]``: word embeddings, with picture features where pictures and videos stand."""
         if features is not None:
-            pairs = zip(self.picture_tokens, (batch.image_grid_thw, batch.video_grid_thw), strict=True)
-            kinds = {token: int(grid.prod(-1).sum()) for token, grid in pairs if grid is not None}
-            squares = [len(features) * patches // sum(kinds.values()) for patches in kinds.values()]
-            for token, part in zip(kinds, features[:, 0].to(embedded.dtype).split(squares), strict=True):
-                where = (batch.input_ids == token)[..., None].expand_as(embedded)
-                embedded = embedded.masked_scatter(where, part)
+            for token, shown in zip(self.picture_tokens, _shown(features[:, 0], batch), strict=True):
+                if len(shown):
+                    where = (batch.input_ids == token)[..., None].expand_as(embedded)
+                    embedded = embedded.masked_scatter(where, shown.to(embedded.dtype))
         embedded = self._sent(embedded.transpose(0, 1).contiguous(), received)
         if self.config.sequence_parallel:
             embedded = scatter_to_sequence_parallel_region(embedded)
@@ -206,10 +205,6 @@ class Chunk(MegatronModule):
         # All of it is frozen. A layer that is computed again, or a stage that is all frozen, would take this for
         # "no gradient is wanted of me", and its own weights would get none, without an error.
         return x if x.requires_grad else x.requires_grad_()
-
-    @property
-    def _like(self) -> dict[str, Any]:
-        return {"dtype": self.config.params_dtype, "device": next(self.parameters()).device}
 
 
 class _WithGradient(torch.autograd.Function):
@@ -233,84 +228,11 @@ def _grids(batch: Batch) -> list[Grid]:
     return found
 
 
-class Decoder(GPTModel):
-    """Megatron's decoder with a loss that never holds all logits."""
-
-    each_token = False  # GPTModel.forward passes no word of ours on
-
-    def setup_embeddings_and_output_layer(self) -> None:
-        """Mark the weights of both ends. Megatron's would sum their beginnings over stages of its own choice."""
-        ends = [self.embedding.word_embeddings.weight] if self.pre_process else []
-        if self.post_process and self.output_layer.weight is not None:
-            ends.append(self.output_layer.weight)
-        for weight in ends:
-            weight.is_embedding_or_output_parameter = True
-        if not self.share_embeddings_and_output_weights:
-            return
-        weight = self.shared_embedding_or_output_weight()
-        if self.pre_process and self.post_process:
-            weight.zero_out_wgrad = True
-        else:
-            weight.shared_embedding = True
-            # One of the two counts in the norm.
-            weight.shared = self.post_process
-
-    def _postprocess(
-        self, hidden_states: Tensor, *, labels: Tensor | None, loss_mask: Tensor | None, **rest: Any
-    ) -> Tensor:
-        if self.post_process and labels is None and loss_mask is not None:
-            return self._logits_at(hidden_states, *loss_mask.nonzero(as_tuple=True))
-        if not self.post_process or labels is None:
-            return super()._postprocess(  # type: ignore[no-any-return]
-                hidden_states=hidden_states, labels=labels, loss_mask=loss_mask, **rest
-            )
-        assert loss_mask is not None, "labels come with a loss mask"
-        if self.config.sequence_parallel:
-            hidden_states = gather_from_sequence_parallel_region(hidden_states)
-        else:
-            hidden_states = copy_to_tensor_model_parallel_region(hidden_states)
-        tied = self.share_embeddings_and_output_weights
-        weights_N = loss_mask.t().flatten()
-        at_N = weights_N.nonzero()[:, 0]
-        hidden_NH, labels_N = hidden_states.flatten(0, 1)[at_N], labels.t().flatten()[at_N]
-        weight_VH = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        group = self.pg_collection.tp
-        if self.each_token:
-            losses_N = torch.zeros_like(weights_N)
-            losses_N[at_N] = linear_token_losses(hidden_NH, weight_VH, labels_N, group=group)
-            return losses_N.view_as(loss_mask.t()).t().contiguous()
-        return linear_cross_entropy(hidden_NH, weight_VH, labels_N, weights_N[at_N], group=group)
-
-    def _logits_at(self, hidden_states_SBH: Tensor, row_N: Tensor, place_N: Tensor) -> Tensor:
-        if self.config.sequence_parallel:
-            hidden_states_SBH = gather_from_sequence_parallel_region(hidden_states_SBH)
-        tied = self.share_embeddings_and_output_weights
-        weight_VH = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        return linear(hidden_states_SBH[place_N, row_N], weight_VH)
-
-
-def _decoder(config: TransformerConfig, hf_config: Any, chunk: Chunk, count: int) -> Decoder:
-    text = hf_config.text_config
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
-    attention.core_attention = CoreAttention
-    mlp.activation_func = swiglu
-    attention.linear_qkv = mlp.linear_fc1 = AdaptableColumn
-    attention.linear_proj = mlp.linear_fc2 = AdaptableRow
-    decoder = Decoder(
-        config,
-        TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm),
-        vocab_size=text.vocab_size,
-        max_sequence_length=text.max_position_embeddings,
-        pre_process=chunk.pre_process,
-        post_process=chunk.post_process,
-        share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
-        position_embedding_type="none",  # attention has it, from PackedRow
-        vp_stage=chunk.vp_stage,
-    )
-    if chunk.pre_process:
-        # Picture features are put in before anything is scattered.
-        decoder.embedding.word_embeddings.reduce_scatter_embeddings = False
-        decoder.embedding.scatter_to_sequence_parallel = False
-    return decoder
+def _shown(features: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """What stands in the places of pictures, and of videos; where sequences show the same one, each time."""
+    patches = [prod(grid) for grid in _grids(batch)]
+    pieces = features.split([len(features) * count // sum(patches) for count in patches])
+    images = 0 if batch.image_grid_thw is None else len(batch.image_grid_thw)
+    parts = ((pieces[:images], batch.image_order), (pieces[images:], batch.video_order))
+    first, second = ([part[number] for number in order] if order else part for part, order in parts)
+    return torch.cat([features[:0], *first]), torch.cat([features[:0], *second])

@@ -14,9 +14,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
@@ -27,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mm_finetune.config import OptimizationConfig, ParallelConfig
 from mm_finetune.engine.adapters import AdaptableColumn, AdaptableRow
-from mm_finetune.engine.layers import CoreAttention, LayerNorm, PackedRow, RMSNorm
+from mm_finetune.engine.layers import PackedRow, layer_spec, norm_of
 from mm_finetune.engine.parallel import common_settings
 from mm_finetune.engine.pictures import Geometry, Grid, geometry
 from mm_finetune.engine.pointwise import quick_gelu, swiglu
@@ -116,7 +114,7 @@ class _Encoder(MegatronModule):
         super().__init__(config)
         self.patch_embed = PatchEmbedding(config, vision) if first else None
         self.merge = vision.spatial_merge_size
-        layer = _layer_spec(config)
+        layer = layer_spec(config, swiglu if config.gated_linear_unit else quick_gelu, causal=False)
         self.blocks = Blocks(
             config,
             TransformerBlockSubmodules(layer_specs=[layer] * layers),
@@ -188,7 +186,7 @@ class _Merger(MegatronModule):
     def __init__(self, config: TransformerConfig, hf_config: Any, groups: ProcessGroupCollection) -> None:
         super().__init__(config)
         self.wide = config.hidden_size * hf_config.vision_config.spatial_merge_size**2
-        self.layernorm = _norm(config)(config, config.hidden_size, eps=config.layernorm_epsilon)
+        self.layernorm = norm_of(config)(config, config.hidden_size, eps=config.layernorm_epsilon)
         settings = copy(config)
         settings.hidden_size, settings.ffn_hidden_size = hf_config.text_config.hidden_size, self.wide
         settings.gated_linear_unit = False
@@ -236,24 +234,8 @@ def vision_settings(
     )
 
 
-def _layer_spec(config: TransformerConfig) -> Any:
-    layer = get_gpt_layer_local_spec(normalization=config.normalization)
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = _norm(config)
-    layer.submodules.self_attention.params = {"attn_mask_type": AttnMaskType.no_mask}
-    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
-    attention.core_attention = CoreAttention
-    mlp.activation_func = swiglu if config.gated_linear_unit else quick_gelu
-    attention.linear_qkv = mlp.linear_fc1 = AdaptableColumn
-    attention.linear_proj = mlp.linear_fc2 = AdaptableRow
-    return layer
-
-
 def _gelu(x: Tensor) -> Tensor:
     return nn.functional.gelu(x)
-
-
-def _norm(config: TransformerConfig) -> type[RMSNorm | LayerNorm]:
-    return RMSNorm if config.normalization == "RMSNorm" else LayerNorm
 
 
 def _groups(*, alone: bool) -> ProcessGroupCollection:

@@ -41,8 +41,9 @@ def assumed(config: TrainConfig, share: float, merge: int) -> Pictures:
         share: 0 to 1.
         merge: side of the square of patches that is a token.
     """
-    tokens = micro_batch_tokens(config)
-    mean = config.data.seq_length * (2 if config.preference else 1) * share * merge**2
+    # Both answers of a pair show the same pictures.
+    tokens = micro_batch_tokens(config) // (2 if config.preference else 1)
+    mean = config.data.seq_length * share * merge**2
     words = f"assumed: {share:.0%} of the tokens stand for pictures"
     return Pictures(largest=ceil(tokens * share) * merge**2, mean=mean, source=words)
 
