@@ -1,20 +1,17 @@
-"""Started by torchrun on two processes: loaders that talk to each other, one JSON line for each process and case."""
+"""Loaders of two processes that talk to each other: what each of them says of every case."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import sys
 from contextlib import closing
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from data_worlds import dataset
+from layouts import answer
 from torch import Tensor
 
 from mm_finetune.config import DataConfig
@@ -86,15 +83,13 @@ def refused(folder: Path, mini: Path) -> dict[str, Any]:
     return {"case": "refused", "rank": dist.get_rank(), "error": ""}
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    folder, mini = Path(sys.argv[1]), Path(sys.argv[2])
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    results = [*(run(name, folder, mini) for name in CASES), refused(folder, mini)]
-    # One write: the lines of two processes must not mix.
-    os.write(1, "".join("RESULT " + json.dumps(result) + "\n" for result in results).encode())
-    dist.destroy_process_group()
+def main(given: dict[str, Any], folder: Path, _: torch.device) -> list[dict[str, Any]]:
+    mini = Path(given["mini"])
+    mine = [*(run(name, folder, mini) for name in CASES), refused(folder, mini)]
+    told: list[list[dict[str, Any]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(told, mine)
+    return [result for results in told for result in results]
 
 
 if __name__ == "__main__":
-    main()
+    answer(main)

@@ -59,21 +59,21 @@ LAYOUTS: dict[str, tuple[Layout, list[str]]] = {
 # Four processes; what a layout leaves is data parallel.
 STRAIGHT: dict[str, tuple[str, list[str]]] = {
     "dp4": ("one", []),
-    "tp2-packed": ("tp2", PACKED),
     "vpp2-bf16": ("vpp2", [*PACKED, *BF16]),
     "tp2-lora": ("tp2", LORA),
+    "tp2-packed": ("tp2", PACKED),
     "tied": ("pp2-tied", []),
     "tp2-pp2": ("tp2pp2", []),
     "dp4-bf16-whole": ("one", [*BF16, *WHOLE]),
     "pp2-whole-frozen": ("pp2", [*WHOLE, "train.freeze=[visual.*]"]),
     "tp2-tower-on-each": ("tp2-whole-tower", WHOLE),
 }
-STRAIGHT = first(STRAIGHT, 5)
+STRAIGHT = first(STRAIGHT, 3)
 # From which run, in which layout.
 ELSEWHERE: dict[str, tuple[str, str, list[str]]] = {
     "dp4 to tp2": ("dp4", "tp2", PACKED),
-    "tied, pp2 to dp4": ("tied", "one-tied", []),
     "vpp2 to dp4, bf16": ("vpp2-bf16", "one", BF16),
+    "tied, pp2 to dp4": ("tied", "one-tied", []),
     "dp4 to vpp2": ("dp4", "vpp2", WHOLE),
     "tp2-pp2 to dp4": ("tp2-pp2", "one", []),
     "pp2 to tp2, frozen": ("pp2-whole-frozen", "tp2", ["train.freeze=[visual.*]"]),

@@ -77,6 +77,7 @@ def test_the_report_shows_what_the_model_said_over_time(world: Path) -> None:
     assert last.loss < first.loss, "it learns"
 
 
+@pytest.mark.long
 def test_weights_are_the_same_with_and_without_evaluations(world: Path) -> None:
     assert main(arguments(world, "plain", "train.steps=2")) == 0
     assert main(arguments(world, "asked", "train.steps=2", "train.eval_every=1", *evaluation(world)[1:])) == 0

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from data_worlds import world
+from layouts import ask
 
 Results = dict[str, list[dict[str, Any]]]
 
@@ -19,14 +16,7 @@ Results = dict[str, list[dict[str, Any]]]
 def results(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp("exchange") / "data"
     world(folder, count=12)
-    worker = Path(__file__).with_name("data_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(folder), str(mini)], capture_output=True, text=True, timeout=120, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    (rows,) = ask("data_worker.py", 2, folder, [{"mini": str(mini)}])
     by_case: Results = {}
     for row in sorted(rows, key=lambda row: row["rank"]):
         by_case.setdefault(row["case"], []).append(row)

@@ -140,7 +140,7 @@ def test_a_run_that_ended_before_the_tracker_was_written(world: Path) -> None:
     same_as_straight(world)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.long)])
 def test_a_signal_saves_and_ends_the_run(number: signal.Signals, world: Path) -> None:
     process = started(world, "stopped", "output.save_every=0", "train.steps=100000", "train.warmup_fraction=0")
     try:

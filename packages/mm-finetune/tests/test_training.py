@@ -181,6 +181,7 @@ def test_ctrl_c_ends_at_once_and_the_run_can_be_started_again(world: Path) -> No
     assert main(one_process(world)) == 0, "what an interrupted run left is no obstacle"
 
 
+@pytest.mark.long
 def test_two_processes_as_in_the_demo_and_one_too_many(world: Path) -> None:
     """Two pipeline stages train; three processes are refused by rank 0 alone."""
 
