@@ -129,11 +129,16 @@ def _is_meant(layer: str, pattern: str) -> bool:
     return layer.startswith("model.") and layer.rpartition(".")[2] == pattern
 
 
-def _is_saved(layer: str, pattern: str) -> bool:
+def holders(layer: str) -> list[str]:
+    """The layer's name and those of what holds it: ``visual``, ``visual.merger``, ``visual.merger.ln_q``."""
     parts = layer.split(".")
-    places = [".".join(parts[: number + 1]) for number in range(len(parts))]
+    return [".".join(parts[: number + 1]) for number in range(len(parts))]
+
+
+def _is_saved(layer: str, pattern: str) -> bool:
     if any(sign in pattern for sign in ".*?["):
-        return any(fnmatchcase(place, pattern) for place in places)
+        return any(fnmatchcase(place, pattern) for place in holders(layer))
+    parts = layer.split(".")
     return parts[0] != "visual" and pattern in parts[1 if parts[0] == "model" else 0 :]
 
 

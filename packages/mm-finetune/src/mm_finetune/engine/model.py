@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any, cast
 
@@ -145,15 +145,18 @@ class Chunk(MegatronModule):
             Before the language model: what the tower returns, or one number where there are no pictures.
         """
         received, self.received = self.received, None
+        grids = _grids(batch) if self.image_encoder is not None or self.pre_process else []
         if self.text_decoder is None:
             nothing = torch.zeros(1, 1, 1, dtype=self.config.params_dtype, device=batch.input_ids.device)
-            seen = self._see(batch, received)
+            seen = self._see(batch, grids, received)
             return self._sent(nothing if seen is None else seen, received)
         self.text_decoder.each_token = each_token
         embedded = None
         if self.pre_process:
             words = self.text_decoder.embedding.word_embeddings(batch.input_ids)
-            embedded = self._embed(batch, words, self._see(batch, received), received)
+            embedded = self._sent(self._embed(batch, words, grids, received), received)
+            if self.config.sequence_parallel:
+                embedded = scatter_to_sequence_parallel_region(embedded)
         else:
             self.text_decoder.set_input_tensor(received)
         return self.text_decoder(  # type: ignore[no-any-return]
@@ -169,9 +172,9 @@ class Chunk(MegatronModule):
             ),
         )
 
-    def _see(self, batch: Batch, received: Tensor | None) -> Tensor | None:
+    def _see(self, batch: Batch, grids: Sequence[Grid], received: Tensor | None) -> Tensor | None:
         """Hidden states of the tower, or the features of all pictures, then videos; None: there are none."""
-        if all(grid is None for grid in (batch.image_grid_thw, batch.video_grid_thw)):
+        if not grids:
             return None
         x = received
         if x is not None and not self.learns_below:
@@ -181,19 +184,17 @@ class Chunk(MegatronModule):
         if x is None:
             pixels = [each for each in (batch.pixel_values, batch.pixel_values_videos) if each is not None]
             x = torch.cat(pixels).to(self.config.params_dtype)
-        return self.image_encoder(x, _grids(batch))  # type: ignore[no-any-return]
+        return self.image_encoder(x, grids)  # type: ignore[no-any-return]
 
-    def _embed(self, batch: Batch, embedded: Tensor, features: Tensor | None, received: Tensor | None) -> Tensor:
+    def _embed(self, batch: Batch, embedded: Tensor, grids: Sequence[Grid], received: Tensor | None) -> Tensor:
         """``[tokens, batch, hidden]``: word embeddings, with picture features where pictures and videos stand."""
+        features = self._see(batch, grids, received)
         if features is not None:
-            for token, shown in zip(self.picture_tokens, _shown(features[:, 0], batch), strict=True):
+            for token, shown in zip(self.picture_tokens, _shown(features[:, 0], grids, batch), strict=True):
                 if len(shown):
                     where = (batch.input_ids == token)[..., None].expand_as(embedded)
                     embedded = embedded.masked_scatter(where, shown.to(embedded.dtype))
-        embedded = self._sent(embedded.transpose(0, 1).contiguous(), received)
-        if self.config.sequence_parallel:
-            embedded = scatter_to_sequence_parallel_region(embedded)
-        return embedded
+        return embedded.transpose(0, 1).contiguous()
 
     def _sent(self, x: Tensor, received: Tensor | None) -> Tensor:
         """With a gradient to come, for itself and for what the stage before sent."""
@@ -222,15 +223,15 @@ class _WithGradient(torch.autograd.Function):
 
 
 def _grids(batch: Batch) -> list[Grid]:
-    """Of all pictures, then of all videos; waits for the device."""
+    """Of all pictures, then of all videos; waits for the device where there are any."""
     grids = [grid for grid in (batch.image_grid_thw, batch.video_grid_thw) if grid is not None]
-    found: list[Grid] = torch.cat(grids).tolist()
+    found: list[Grid] = torch.cat(grids).tolist() if grids else []
     return found
 
 
-def _shown(features: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+def _shown(features: Tensor, grids: Sequence[Grid], batch: Batch) -> tuple[Tensor, Tensor]:
     """What stands in the places of pictures, and of videos; where sequences show the same one, each time."""
-    patches = [prod(grid) for grid in _grids(batch)]
+    patches = [prod(grid) for grid in grids]
     pieces = features.split([len(features) * count // sum(patches) for count in patches])
     images = 0 if batch.image_grid_thw is None else len(batch.image_grid_thw)
     parts = ((pieces[:images], batch.image_order), (pieces[images:], batch.video_order))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mm_finetune.errors import CheckpointError
+from mm_finetune.selection import holders
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -66,10 +67,10 @@ def merge_adapter(model: Any, folder: Path) -> None:
 
 def _is_saved(config: dict[str, Any], layer: str) -> bool:
     """Whether the adapter trained a layer in full: PEFT compares ends of its name and of what holds it."""
-    parts = layer.split(".")
-    places = [".".join(parts[: number + 1]) for number in range(len(parts))]
     tied = ["lm_head"] if config.get("ensure_weight_tying") else []
-    return any(place.endswith(end) for place in places for end in [*(config.get("modules_to_save") or []), *tied])
+    return any(
+        place.endswith(end) for place in holders(layer) for end in [*(config.get("modules_to_save") or []), *tied]
+    )
 
 
 def _replace(
