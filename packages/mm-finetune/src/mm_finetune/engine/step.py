@@ -27,6 +27,9 @@ from mm_finetune.engine.model import QwenVL
 from mm_finetune.engine.objective import LOSS, CrossEntropy, Objective
 from mm_finetune.engine.parallel import Ranks
 
+FUSED_ADAMW = frozenset({"cpu", "cuda"})
+"""Devices on which torch's own AdamW has a kernel of one pass."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
@@ -197,6 +200,8 @@ def _optimizer(config: OptimizationConfig, wrapped: list[DistributedDataParallel
     for group in optimizer.param_groups:
         # Megatron only notes that norms and biases don't decay; its scheduler, not used here, would apply it.
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
+        if "fused" in group:  # torch's AdamW, not that of Transformer Engine or Apex
+            group["fused"] = all(parameter.device.type in FUSED_ADAMW for parameter in group["params"])
         for parameter in group["params"]:
             if not parameter.is_leaf:
                 # A slice of a float32 weight, which the distributed optimizer gives a gradient by hand; torch warns of

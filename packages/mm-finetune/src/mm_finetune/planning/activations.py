@@ -44,22 +44,23 @@ class Kernels:
         varlen: attention over samples of different lengths is one call; otherwise it is one for each run of equal ones,
             and their results are joined into another tensor.
         sums: bytes that attention keeps of each query's softmax, a head.
-        foreach: torch's AdamW works on all weights at once.
+        roots: torch's AdamW takes the roots of all second moments at once; where it has a kernel of one pass
+            (``FUSED_ADAMW`` of engine/step.py), of none.
         copies: gradients are copied while they are summed over ranks, and bfloat16 numbers that are added to float32.
     """
 
     varlen: bool = True
     sums: int = FLOAT
-    foreach: bool = True
+    roots: bool = False
     copies: bool = False
 
 
 KERNELS = {
     "cuda": Kernels(),
     # npu_fusion_attention gives maximum and sum, each eight times over (the vendor's document of the operator).
-    "npu": Kernels(sums=2 * 8 * FLOAT),
+    "npu": Kernels(sums=2 * 8 * FLOAT, roots=True),
     # gloo has no reduce-scatter in place, and torch on a CPU no sum of two types.
-    "cpu": Kernels(varlen=False, foreach=False, copies=True),
+    "cpu": Kernels(varlen=False, copies=True),
 }
 
 

@@ -165,7 +165,7 @@ def layout_states(architecture: Architecture, training: Training, layout: Layout
             [_weights(inventory, chunk, copied=copied) for chunk in chunks],
             training,
             layout.dp_size,
-            foreach=kernels.foreach,
+            roots=kernels.roots,
         )
         for chunks in stages
     ]

@@ -211,15 +211,15 @@ class Inventory:
         return [Weight(numel=rank * inputs, trained=trained), Weight(numel=outputs * rank, trained=trained)]
 
 
-def states(chunks: Sequence[Iterable[Weight]], training: Training, dp_size: int, *, foreach: bool) -> States:
+def states(chunks: Sequence[Iterable[Weight]], training: Training, dp_size: int, *, roots: bool) -> States:
     """Bytes of the weights of a rank's chunks, their gradients and optimizer state.
 
     Args:
         chunks: of the rank; each has a buffer of its own.
         training: precision and optimizer.
         dp_size: data-parallel size.
-        foreach: the optimizer works on all weights at once, as torch's does on an accelerator, and so takes another
-            float32 number for each (the roots of the second moments) while it steps.
+        roots: while it steps, the optimizer takes another float32 number for each weight, the root of its second
+            moment.
     """
     held = [list(chunk) for chunk in chunks]
     frozen = sum(weight.numel for chunk in held for weight in chunk if not weight.trained)
@@ -234,7 +234,7 @@ def states(chunks: Sequence[Iterable[Weight]], training: Training, dp_size: int,
         optimizer=shard * state,
         largest=largest * training.element,
         largest_inner=inner * training.element,
-        step=4 * (shard if foreach else min(2 * largest, shard)),
+        step=4 * shard if roots else 0,
     )
 
 
