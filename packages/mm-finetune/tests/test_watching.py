@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -17,7 +18,19 @@ from typing import Any
 import pytest
 
 from mm_finetune.errors import AnomalyError, ConfigError
-from mm_finetune.watching import Guard, ModelShape, RunLog, Work, open_trackers, require_trackers, step_flops
+from mm_finetune.planning.architecture import Architecture
+from mm_finetune.planning.weights import Training
+from mm_finetune.selection import rates_of
+from mm_finetune.watching import (
+    Backward,
+    Guard,
+    ModelShape,
+    RunLog,
+    Work,
+    open_trackers,
+    require_trackers,
+    step_flops,
+)
 from mm_finetune.watching.lines import duration
 
 
@@ -298,7 +311,8 @@ def mini_config() -> Any:
     return model_config(SimpleNamespace(get_vocab=lambda: {name: number for number, name in enumerate(names)}))
 
 
-def test_operations_are_those_that_torch_counts() -> None:
+@pytest.mark.parametrize("freeze", [[], ["visual.*"], ["model.layers.*", "lm_head.*"], ["visual.blocks.*"]], ids=str)
+def test_operations_are_those_that_torch_counts(freeze: list[str]) -> None:
     """transformers' model, eager so that every product is counted; two pictures, windows of odd sizes."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -307,15 +321,22 @@ def test_operations_are_those_that_torch_counts() -> None:
     config = mini_config()
     model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="eager")
     grids = [(1, 6, 10), (1, 8, 8)]
+    for name, parameter in model.named_parameters():
+        published = name.removeprefix("model.").replace("language_model.", "model.")
+        parameter.requires_grad_(not any(fnmatch(published, pattern) for pattern in freeze))
     patches, tokens = 60 + 64, 50
     ids = torch.full((1, tokens), 9)
     ids[0, 1:16] = ids[0, 20:36] = config.image_token_id
     inputs = {"input_ids": ids, "pixel_values": torch.randn(patches, 1176), "image_grid_thw": torch.tensor(grids)}
     with FlopCounterMode(display=False) as counter:
         model(**inputs, mm_token_type_ids=(ids == config.image_token_id).int()).logits.sum().backward()
-    ours = step_flops(ModelShape.of(config), Work(lengths=[tokens], grids=grids, loss_tokens=tokens))
-    # The first products of each tower need no gradient of their input: pixels and token ids are none.
-    unneeded = 2 * patches * 1176 * config.vision_config.hidden_size
+    architecture = Architecture.of(config.to_dict())
+    rates = rates_of(list(architecture.shapes()), freeze=freeze, lr_scale={})
+    training = Training(element=4, distributed=False, recompute="none", rates=rates)
+    work = Work(lengths=[tokens], grids=grids, loss_tokens=tokens)
+    ours = step_flops(ModelShape.of(config), work, Backward.of(training, architecture))
+    # Pixels need no gradient.
+    unneeded = 2 * patches * 1176 * config.vision_config.hidden_size * ("visual.*" not in freeze)
     # The rotary tables are made by a product of positions and frequencies.
     assert counter.get_total_flops() == pytest.approx(ours - unneeded, rel=1e-3)
 
@@ -325,7 +346,8 @@ def test_frozen_weights_save_what_they_save() -> None:
     work = Work(lengths=[30, 20], grids=[(1, 8, 8)], loss_tokens=10)
     text_only = Work(lengths=[30, 20], grids=[], loss_tokens=10)
     everything, text = step_flops(shape, work), step_flops(shape, text_only)
-    assert step_flops(shape, work, vision_trained=False) - text == pytest.approx((everything - text) / 3)
+    frozen = step_flops(shape, work, Backward(vision=0.0))
+    assert frozen - text == pytest.approx((everything - text) / 3)
     joined = step_flops(shape, Work(lengths=[50], grids=[], loss_tokens=10))
     # 4 layers, 128 wide: 4 operations for each pair of tokens that only the joined sample has, three times.
     assert joined - text == 3 * 4 * 4 * 128 * (50**2 - 30**2 - 20**2)

@@ -15,9 +15,12 @@ from mm_finetune.config import TrainConfig
 from mm_finetune.data import Batch, Dataset, Encoder, Layout, Loader, LoaderSettings, Processes
 from mm_finetune.errors import FinetuneError
 from mm_finetune.launch import process_rank
+from mm_finetune.planning.architecture import Architecture
+from mm_finetune.planning.weights import Training
 from mm_finetune.run_folder import ANOMALIES, BAD, CHECKPOINT, METRICS, check_folder, make_ready
 from mm_finetune.schedule import learning_rate
 from mm_finetune.watching import (
+    Backward,
     Guard,
     ModelShape,
     RunLog,
@@ -140,7 +143,7 @@ def train_on(device: torch.device, run: PreparedRun) -> Path:
     with mcore_on(device), model_parallel(config.parallel, run.checkpoint.stages) as ranks:
         model = build_model(run.checkpoint, config, hf_config, ranks, device)
         trainer = Trainer(model, config.train, ranks)
-        shape = ModelShape.of(hf_config)
+        work = _Arithmetic.of(config, hf_config)
         anomalies = config.output.dir / ANOMALIES if ranks.rank == 0 else None
         guard = Guard(anomalies, policy=config.train.on_nan, spike_factor=config.train.spike_factor)
         with (
@@ -165,7 +168,7 @@ def train_on(device: torch.device, run: PreparedRun) -> Path:
                         lr=lr,
                         grad_norm=result.grad_norm,
                         tokens=result.tokens,
-                        flops=_flops(shape, data.batches) * result.tokens,
+                        flops=work.a_token(data.batches) * result.tokens,
                         skipped=not result.taken,
                         more=result.values,
                     )
@@ -210,9 +213,22 @@ def _ended_well(checkpoints: Checkpoints) -> Iterator[None]:
         raise
 
 
-def _flops(shape: ModelShape, batches: Sequence[Batch]) -> float:
-    """Floating point operations a token; those of this rank's tokens stand for all."""
-    return step_flops(shape, Work.of(batches)) / max(1, sum(batch.tokens for batch in batches))
+@dataclass(frozen=True, kw_only=True)
+class _Arithmetic:
+    """What the run's steps cost."""
+
+    shape: ModelShape
+    backward: Backward
+
+    @classmethod
+    def of(cls, config: TrainConfig, hf_config: Any) -> _Arithmetic:
+        architecture = Architecture.read(config.model.hf_dir)
+        backward = Backward.of(Training.of(config, architecture), architecture)
+        return cls(shape=ModelShape.of(hf_config), backward=backward)
+
+    def a_token(self, batches: Sequence[Batch]) -> float:
+        """Floating point operations a token; those of this rank's tokens stand for all."""
+        return step_flops(self.shape, Work.of(batches), self.backward) / max(1, sum(batch.tokens for batch in batches))
 
 
 def _learning_rate(config: TrainConfig, step: int) -> float:

@@ -8,12 +8,15 @@ recomputation, no output layer where there is no loss, no norms and other work t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mm_finetune.data import Batch
+    from mm_finetune.planning.architecture import Architecture
+    from mm_finetune.planning.weights import Training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,19 +102,54 @@ class Work:
         return cls(lengths=lengths, grids=grids, loss_tokens=loss_tokens)
 
 
-def step_flops(shape: ModelShape, work: Work, *, text_trained: bool = True, vision_trained: bool = True) -> float:
+@dataclass(frozen=True, kw_only=True)
+class Backward:
+    """What the backward pass of a product costs, with its forward pass as the unit.
+
+    Attributes:
+        text: of the decoder's: one for the inputs, whose gradients pass through it in any case, and the share of its
+            weights that train.
+        vision: of the vision tower's likewise; 0 where nothing there trains.
+    """
+
+    text: float = 2.0
+    vision: float = 2.0
+
+    @classmethod
+    def of(cls, training: Training, architecture: Architecture) -> Backward:
+        """From what trains; adapters, which are small, count for the gradients that pass through their layers."""
+        shapes = architecture.shapes()
+        # An embedding of its own is no product; a tied one is the output layer's.
+        lookup = set() if architecture.tied else {"model.embed_tokens.weight"}
+        # The merger sees a token where the layers before it see the patches of its square.
+        costs = {
+            name: prod(shape) / (architecture.vision.merge**2 if name.startswith("visual.merger.") else 1)
+            for name, shape in shapes.items()
+            if len(shape) > 1 and name not in lookup
+        }
+        vision = {name for name in costs if name.startswith("visual.")}
+        adapted = any(layer.startswith("visual.") and training.adapter_trains(layer) for layer in training.adapters)
+        learns = adapted or any(training.trains(name) for name in shapes if name.startswith("visual."))
+
+        def share(names: Set[str]) -> float:
+            return sum(costs[name] for name in names if training.trains(name)) / sum(costs[name] for name in names)
+
+        return cls(text=1 + share(costs.keys() - vision), vision=1 + share(vision) if learns else 0.0)
+
+
+def step_flops(shape: ModelShape, work: Work, backward: Backward | None = None) -> float:
     """Floating point operations of a training step.
 
     Args:
         shape: the model.
         work: what goes through it.
-        text_trained: whether the decoder's own weights train; gradients pass through it in any case.
-        vision_trained: whether the vision tower does; where not, it has no backward pass.
+        backward: the backward pass's cost; default: everything trains.
     """
+    backward = backward or Backward()
     linear, attention = text_forward(shape, work)
-    return (
-        linear * (3 if text_trained else 2) + attention * 3 + vision_forward(shape, work) * (3 if vision_trained else 1)
-    )
+    tower, tower_attention = vision_forward(shape, work)
+    text = linear * (1 + backward.text) + attention * 3
+    return text + tower * (1 + backward.vision) + tower_attention * (3 if backward.vision else 1)
 
 
 def text_forward(shape: ModelShape, work: Work) -> tuple[float, float]:
@@ -121,8 +159,8 @@ def text_forward(shape: ModelShape, work: Work) -> tuple[float, float]:
     return linear, 4 * shape.layers * shape.attention * squares
 
 
-def vision_forward(shape: ModelShape, work: Work) -> float:
-    """Operations of a forward pass of the vision tower and its merger."""
+def vision_forward(shape: ModelShape, work: Work) -> tuple[float, float]:
+    """Operations of a forward pass of the vision tower and its merger: of their weights, and of attention."""
     hidden, unit = shape.vision_hidden, shape.merge**2
     patches = sum(t * h * w for t, h, w in work.grids)
     whole = sum(t * (h * w) ** 2 for t, h, w in work.grids)
@@ -130,7 +168,7 @@ def vision_forward(shape: ModelShape, work: Work) -> float:
     squares = shape.full_layers * whole + (shape.vision_layers - shape.full_layers) * parts
     embedded = shape.patch * hidden + shape.vision_layers * shape.vision_linear
     merger = unit * hidden * (unit * hidden + shape.hidden)
-    return 2 * patches * embedded + 4 * hidden * squares + 2 * patches / unit * merger
+    return 2 * patches * embedded + 2 * patches / unit * merger, 4 * hidden * squares
 
 
 def _windows(side: int, window: int) -> int:
