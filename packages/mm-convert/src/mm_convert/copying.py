@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from zlib_ng.zlib_ng import crc32
 
 from mm_convert.dealing import MOST_PARTS, readings, rows_at_once, runs
 from mm_convert.errors import CheckpointError, unequal
@@ -108,7 +109,7 @@ class Copier:
         with ExitStack() as stack:
             descriptor, offset = _Files(self, stack).target(target)
             for part in self._read(descriptor, offset, self.plan.targets[target].nbytes):
-                crc = zlib.crc32(part, crc)
+                crc = crc32(part, crc)
         return crc
 
     def _concatenate(self, target: Ref, files: _Files) -> int:
@@ -116,7 +117,7 @@ class Copier:
         crc = 0
         for segment in self.plan.writes[target]:
             for part in self._parts(segment, files):
-                crc = zlib.crc32(part, crc)
+                crc = crc32(part, crc)
                 write_all(out, part, position)
                 position += len(part)
                 self.advance(len(part))
@@ -148,7 +149,7 @@ class Copier:
                 place(made, segment, first=False)[:] = place(held[segment.source], segment, first=True)
             descriptor, offset = files.target(target)
             data = made.data.cast("B")
-            crcs[target] = zlib.crc32(data)
+            crcs[target] = crc32(data)
             write_all(descriptor, data, offset)
             self.advance(len(data))
         return crcs
@@ -173,7 +174,7 @@ class Copier:
             for ref, width in widths.items():
                 descriptor, offset = files.target(ref)
                 part = made[ref][: count * width]
-                crcs[ref] = zlib.crc32(part, crcs[ref])
+                crcs[ref] = crc32(part, crcs[ref])
                 write_all(descriptor, part, offset + row * width)
                 self.advance(len(part))
         return crcs

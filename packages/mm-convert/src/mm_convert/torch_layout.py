@@ -9,9 +9,10 @@ size or an offset needs more than 32 bits.
 from __future__ import annotations
 
 import struct
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+from zlib_ng.zlib_ng import crc32
 
 from mm_convert import pickling
 from mm_convert.plans import Ref, Spec
@@ -117,7 +118,7 @@ class TorchLayout:
         Args:
             crcs: CRC-32 of each tensor's bytes.
         """
-        all_crcs = [zlib.crc32(r.data) if r.data is not None else crcs[self.refs[r.name]] for r in self.records]
+        all_crcs = [crc32(r.data) if r.data is not None else crcs[self.refs[r.name]] for r in self.records]
         for record, crc in zip(self.records, all_crcs, strict=True):
             yield record.header, record.local_header() + (record.data or b"")
             yield record.start + record.size, record.descriptor(crc)

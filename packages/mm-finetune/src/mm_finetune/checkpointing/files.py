@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +11,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from zlib_ng.zlib_ng import crc32
 
 from mm_finetune.errors import CheckpointError
 
@@ -30,7 +30,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str,
         OSError: the disk is full, for example.
     """
     views = {name: _bytes(tensor) for name, tensor in tensors.items()}
-    sums = {name: zlib.crc32(view) for name, view in views.items()}
+    sums = {name: crc32(view) for name, view in views.items()}
     header: dict[str, Any] = {"__metadata__": {NOTES: json.dumps(notes), SUMS: json.dumps(sums)}}
     end = 0
     for name, tensor in tensors.items():
@@ -71,7 +71,7 @@ class Tensors:
             tensor = cast(Tensor, self._file.get_tensor(name))
         except (OSError, SafetensorError) as error:
             raise self._damaged(str(error)) from error
-        if zlib.crc32(_bytes(tensor)) != self._sums.get(name):
+        if crc32(_bytes(tensor)) != self._sums.get(name):
             raise self._damaged(f"the checksum of {name} is another one")
         return tensor
 
