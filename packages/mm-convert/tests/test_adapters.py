@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from math import sqrt
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,7 +133,7 @@ def test_adapters_without_a_place_are_named_and_left_out_only_on_request(tmp_pat
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"bias": "all"}, 'bias "all"'),
         ({"lora_bias": True}, "lora_bias"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save.*merge_lora_to_base takes it"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
         ({"of_a_later_version": 1}, "of_a_later_version"),
         ({"lora_alpha": None}, "lora_alpha"),
@@ -263,6 +264,77 @@ def test_merging_megatron_folders_is_merging_hugging_face_folders(
     for file in sorted((tmp_path / "expected").rglob("*.pt")):
         again = tmp_path / "merged_mm" / file.relative_to(tmp_path / "expected")
         assert again.read_bytes() == file.read_bytes()
+
+
+IN_FULL = [
+    "lm_head.weight", "model.norm.weight", "visual.merger.mlp.0.weight", "visual.merger.mlp.0.bias",
+    "model.layers.3.self_attn.k_proj.weight", "model.layers.3.self_attn.k_proj.bias",
+]  # fmt: skip
+SAVED = ["lm_head", "norm", "visual.merger", "layers.3.self_attn.k_proj"]
+
+
+def in_full(names: list[str], seed: int = 5) -> Tensors:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(tensors()[name].shape, generator=generator) for name in names}
+
+
+@pytest.mark.parametrize("rename", [str, new_name], ids=["old names", "new names"])
+def test_layers_that_were_trained_in_full_take_the_places_of_the_bases(
+    make_model: MakeModel, tmp_path: Path, rename: Callable[[str], str]
+) -> None:
+    """In the base's own type, from a folder in float32; in every layout."""
+    base = make_model("base", **{name: tensor.bfloat16() for name, tensor in tensors().items()})
+    modules, trained = LANGUAGE[:5], in_full(IN_FULL)
+    plain = save_adapter(tmp_path / "plain", adapter(modules))
+    hf = save_adapter(tmp_path / "lora", adapter(modules) | trained, modules_to_save=SAVED)
+    if rename is not str:
+        hf = save_adapter(
+            tmp_path / "new",
+            {new_tensor_name(name): tensor for name, tensor in adapter(modules).items()}
+            | {f"{new_name(name.rpartition('.')[0])}.{name.rpartition('.')[2]}": t for name, t in trained.items()},
+            modules_to_save=SAVED,
+        )
+    merger = Merger(adapters=ADAPTERS)
+    merger.prepare(base, plain, tmp_path / "without").run()
+    merger.prepare(base, hf, tmp_path / "merged").run()
+    before, after = hugging_face(tmp_path / "without"), hugging_face(tmp_path / "merged")
+    for name, tensor in before.items():
+        assert torch.equal(after[name], trained[name].bfloat16() if name in trained else tensor), name
+    converter, layout = Converter(family=FAMILY), LAYOUTS["tp4 vpp2"]
+    converter.hf_to_mm(tmp_path / "merged", tmp_path / "expected", layout)
+    converter.hf_to_mm(base, tmp_path / "mm", layout)
+    merger.prepare(tmp_path / "mm", hf, tmp_path / "merged_mm").run()
+    for file in sorted((tmp_path / "expected").rglob("*.pt")):
+        assert (tmp_path / "merged_mm" / file.relative_to(tmp_path / "expected")).read_bytes() == file.read_bytes()
+
+
+def test_one_weight_at_both_ends_is_kept_one(make_model: MakeModel, tmp_path: Path) -> None:
+    """PEFT saves embedding and output layer of a tied model both; without ``ensure_weight_tying`` they differ."""
+    base = make_model("base", tied=True)
+    ends = in_full(["model.embed_tokens.weight"])
+    ends["lm_head.weight"] = ends["model.embed_tokens.weight"].clone()
+    merger = Merger(adapters=ADAPTERS)
+    saved_layers: dict[str, Any] = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    apart = save_adapter(tmp_path / "apart", adapter(LANGUAGE) | ends, **saved_layers)
+    with pytest.raises(CheckpointError, match=r"no weights for 1 .*lm_head\.weight"):
+        merger.prepare(base, apart, tmp_path / "merged")
+    tied = save_adapter(tmp_path / "tied", adapter(LANGUAGE) | ends, **saved_layers, ensure_weight_tying=True)
+    merger.prepare(base, tied, tmp_path / "merged").run()
+    assert torch.equal(
+        hugging_face(tmp_path / "merged")["model.embed_tokens.weight"], ends["model.embed_tokens.weight"]
+    )
+
+
+def test_what_no_module_to_save_names_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
+    made = adapter(LANGUAGE) | in_full(["lm_head.weight", "model.norm.weight"])
+    hf = save_adapter(tmp_path / "hf", made, modules_to_save=["lm_head"])
+    with pytest.raises(CheckpointError, match=r"more than lora_A and lora_B: .*norm\.weight"):
+        Merger(adapters=ADAPTERS).prepare(make_model("base"), hf, tmp_path / "merged")
+    made["lm_head.weight"] = made["lm_head.weight"][:, :-1].contiguous()
+    del made["model.norm.weight"]
+    wrong = save_adapter(tmp_path / "wrong", made, modules_to_save=["lm_head"])
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is F32.*another model's"):
+        Merger(adapters=ADAPTERS).prepare(make_model("base2"), wrong, tmp_path / "merged")
 
 
 def test_merging_goes_on_only_with_the_same_adapter(make_model: MakeModel, tmp_path: Path) -> None:

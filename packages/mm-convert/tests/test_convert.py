@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tiny_checkpoint import LLM_LAYERS, VIT_LAYERS, MakeModel, new_names, tensors
+from tiny_checkpoint import LLM_LAYERS, VIT_LAYERS, MakeModel, new_names, save_model, tensors
 
 from mm_convert import (
     CheckpointError,
@@ -82,6 +82,27 @@ def test_the_new_folder_is_a_whole_model(make_model: MakeModel, tmp_path: Path) 
     old, new = (json.loads((d / "model.safetensors.index.json").read_text()) for d in (hf, tmp_path / "back"))
     assert new["weight_map"] == old["weight_map"]
     assert new["metadata"]["total_size"] == sum(t.nbytes for t in tensors().values())
+
+
+@pytest.mark.parametrize("trained", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_config_names_the_type_of_the_weights(key: str, trained: torch.dtype, tmp_path: Path) -> None:
+    """Of a checkpoint that was trained in float32 from a folder in bfloat16: ``dtype="auto"`` would round it back."""
+    halves = {name: tensor.bfloat16() for name, tensor in tensors().items()}
+    hf = save_model(tmp_path / "hf", halves)
+    config = json.loads((hf / "config.json").read_text())
+    config |= {key: "bfloat16", "vision_config": {**config["vision_config"], key: "bfloat16"}}
+    (hf / "config.json").write_text(json.dumps(config, separators=(",", ":")))
+    held = {name: tensor.to(trained) for name, tensor in halves.items()}
+    QWEN.hf_to_mm(
+        save_model(tmp_path / "trained", held), tmp_path / "mm", Layout(llm_pp_layers=((5,),), vit_pp_layers=((3,),))
+    )
+    QWEN.mm_to_hf(tmp_path / "mm", hf, tmp_path / "back")
+    assert same(load_hf(tmp_path / "back"), held)
+    name = str(trained).removeprefix("torch.")
+    found = (tmp_path / "back/config.json").read_text()
+    assert json.loads(found) == config | {key: name, "vision_config": {**config["vision_config"], key: name}}
+    assert (found == (hf / "config.json").read_text()) is (trained == torch.bfloat16), "else the file as it was"
 
 
 @pytest.mark.parametrize("shards", [1, 2])

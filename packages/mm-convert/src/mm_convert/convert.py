@@ -192,7 +192,7 @@ class Converter:
             plan=plan,
             source=f"{mm.directory} ({self._words(mm.layout)})",
             files={**mm.files, **{file: stored for file, stored in hf.files.items() if file in taken}},
-            target=huggingface_target(template.written(plan), hf, template.config(), save_hf_dir, options),
+            target=huggingface_target(template.written(plan), hf, save_hf_dir, options, template.config()),
             folders=[Path(mm_dir), Path(hf_dir)],
         )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -15,7 +16,8 @@ from mm_convert.journal import MANIFEST
 from mm_convert.layout import Layout
 from mm_convert.megatron import CHECKPOINT_VERSION, RANK_FILE, TRACKER
 from mm_convert.output import check_free, resolved
-from mm_convert.plans import Plan, Specs
+from mm_convert.plans import Plan, Spec, Specs
+from mm_convert.restricted_pickle import DTYPES
 from mm_convert.safetensors_file import SafetensorsLayout
 from mm_convert.stacked import whole
 from mm_convert.stored import StoredFile
@@ -23,6 +25,9 @@ from mm_convert.torch_layout import TorchLayout
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+# The types that weights are computed in; others are packed forms, of which config.json speaks elsewhere.
+COMPUTED = frozenset({"F32", "BF16", "F16"})
 
 __all__ = ["Conversion", "RunOptions", "huggingface_target", "index", "megatron_target", "rank_sections"]
 
@@ -127,28 +132,49 @@ def megatron_target(
 def huggingface_target(
     written: Specs,
     template: HuggingFaceFolder,
-    config: bytes | None,
     directory: str | Path,
     options: Mapping[str, Any],
+    config: Mapping[str, Any] | None = None,
 ) -> Target:
     """A Hugging Face folder like the template, with its shards and whatever stands beside them.
+
+    Where ``config.json`` names a type, it is that of the weights.
 
     Args:
         written: the tensors, in the template's files.
         template: the folder that it is made after.
-        config: its ``config.json``, if not the template's.
         directory: the folder.
         options: what the user chose.
+        config: its ``config.json``, if not the template's.
     """
     files: dict[str, dict[Any, Any]] = {}
     for ref, spec in written.items():
         files.setdefault(ref.file, {})[ref] = spec
     layouts = {file: SafetensorsLayout.of(held) for file, held in files.items()}
     others: dict[str, bytes | Path] = {path.name: path for path in template.other_files()}
-    if config is not None:
-        others["config.json"] = config
+    config = with_type_of(written.values(), template.config if config is None else config)
+    if config != template.config:
+        others["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     others |= index(written, template.stem)
     return Target(directory=Path(directory), layouts=layouts, others=others, options=options)
+
+
+def with_type_of(tensors: Iterable[Spec], config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config.json`` with the type that most bytes of the weights have, wherever it names one.
+
+    Readers with ``dtype="auto"`` turn weights into what stands there. transformers 5 writes ``dtype``; published files
+    and older readers have ``torch_dtype``, in the file itself or in its sections.
+    """
+    sizes: Counter[str] = Counter()
+    for spec in tensors:
+        sizes[spec.dtype] += spec.nbytes
+    (found, _), *_ = sizes.most_common(1) or [("", 0)]
+    named = {"dtype": DTYPES.get(found), "torch_dtype": DTYPES.get(found)} if found in COMPUTED else {}
+
+    def typed(section: Mapping[str, Any]) -> dict[str, Any]:
+        return {**section, **{key: name for key, name in named.items() if section.get(key) is not None}}
+
+    return typed({key: typed(part) if isinstance(part, dict) else part for key, part in config.items()})
 
 
 def rank_sections(layout: Layout) -> dict[str, list[str]]:

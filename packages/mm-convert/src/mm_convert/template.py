@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,14 +69,14 @@ class Template:
         """The tensors of the new folder as their headers are to describe them."""
         return {**plan.targets, **self.kept}
 
-    def config(self) -> bytes | None:
-        """The new ``config.json``, if the template's does not go with the names."""
+    def config(self) -> dict[str, Any]:
+        """``config.json`` as it goes with the names."""
         spelling = self.family.spellings.get(self.naming)
         if spelling is None or spelling.config is None:
-            return None
+            return self.hf.config
         shapes = {self.family.canonical(ref.name): spec.shape for ref, spec in self.hf.tensors.items()}
         config: dict[str, Any] = spelling.config(self.hf.config, shapes)
-        return None if config == self.hf.config else (json.dumps(config, indent=2) + "\n").encode()
+        return config
 
     def _wanted(self) -> dict[Ref, Spec]:
         """The tensors that the checkpoint must make, under the names that are asked for."""

@@ -6,24 +6,21 @@ import json
 import re
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mm_convert import Converter, ConvertError, Family, HuggingFaceFolder
+from mm_convert import Converter, ConvertError, HuggingFaceFolder
+from mm_convert.lora.conversion import AdapterConverter
 from mm_convert.lora.merge import Merger
 from mm_convert.megatron import TRACKER, iteration_dir
 from mm_finetune.config import TrainConfig, load_config
 from mm_finetune.errors import CheckpointError, ConfigError
 from mm_finetune.families import family_of
 from mm_finetune.output import new_folder, require_free_folder
-from mm_finetune.peft_folder import PeftFolder, peft_folder
 
-# transformers' name of a type that a run trains in, by the name in a file of safetensors.
-TYPES = {"F32": "float32", "BF16": "bfloat16"}
 # A run's files, a checkpoint's folder of adapters, and the model folder's limits of pictures.
 CONFIG, CHECKPOINT, ADAPTER, PICTURES = "config.yaml", "checkpoint", "adapter", "preprocessor_config.json"
 
@@ -146,36 +143,14 @@ def _write_model(found: RunCheckpoint, target: Path, hf_dir: Path) -> None:
                 converter.mm_to_hf(mm_dir, hf_dir, target)
         else:
             # What the run began with need not be what hf_dir holds.
-            with (
-                tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as work,
-                peft_folder(found.adapter, converter.family) as adapter,
-            ):
+            with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as work:
                 base = Path(work) / "base"
                 converter.mm_to_hf(found.config.model.load, hf_dir, base)
-                _replace(base, adapter, converter.family)
-                Merger(adapters=adapter.converter).prepare(base, adapter.adapter.directory, target).run()
+                adapters = AdapterConverter(family=converter.family)
+                Merger(adapters=adapters).prepare(base, found.adapter, target).run()
     except ConvertError as error:
         raise CheckpointError(str(error)) from error
-    _note_type(target)
     _note_picture_limits(target, found.config)
-
-
-def _replace(base: Path, adapter: PeftFolder, family: Family) -> None:
-    """Put the layers that were trained in full into a Hugging Face folder of ours."""
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
-
-    if not adapter.saved:
-        return
-    held: dict[str, dict[str, str]] = {}
-    for ref in HuggingFaceFolder.open(base).tensors:
-        if family.canonical(ref.name) in adapter.saved:
-            held.setdefault(ref.file, {})[ref.name] = adapter.saved[family.canonical(ref.name)]
-    with safe_open(adapter.weights, framework="pt") as trained:
-        for file, names in held.items():
-            tensors = load_file(base / file)
-            tensors |= {name: trained.get_tensor(theirs).to(tensors[name].dtype) for name, theirs in names.items()}
-            save_file(tensors, base / file, metadata={"format": "pt"})
 
 
 @contextmanager
@@ -188,26 +163,6 @@ def _alone(folder: Path) -> Iterator[Path]:
         (Path(work) / folder.name).symlink_to(folder)
         (Path(work) / TRACKER).write_text(str(int(folder.name.removeprefix("iter_"))), encoding="utf-8")
         yield Path(work)
-
-
-def _note_type(folder: Path) -> None:
-    """Where config.json names a type, it is that of the weights: readers with ``dtype="auto"`` turn them into it.
-
-    transformers 5 writes ``dtype``; published files and older readers have ``torch_dtype``. What is there is set.
-    """
-    sizes: Counter[str] = Counter()
-    for spec in HuggingFaceFolder.open(folder).tensors.values():
-        sizes[spec.dtype] += spec.nbytes
-    stored = TYPES.get(max(sizes, key=lambda name: sizes[name]))
-    path = folder / "config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    sections = [settings, *(part for part in settings.values() if isinstance(part, dict))]
-    odd = [(part, key) for part in sections for key in ("dtype", "torch_dtype") if part.get(key) not in (None, stored)]
-    if stored is None or not odd:
-        return
-    for part, key in odd:
-        part[key] = stored
-    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _note_picture_limits(folder: Path, config: TrainConfig) -> None:

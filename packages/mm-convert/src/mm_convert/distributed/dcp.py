@@ -136,7 +136,7 @@ def prepare_dcp_to_hf(
         plan=plan,
         source=f"{folder.directory} (DCP)",
         files=files,
-        target=huggingface_target(stored, hf, None, save_hf_dir, options),
+        target=huggingface_target(stored, hf, save_hf_dir, options),
         folders=[Path(dcp_dir), folder.directory, Path(hf_dir)],
     )
 

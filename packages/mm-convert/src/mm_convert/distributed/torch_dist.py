@@ -148,7 +148,7 @@ def prepare_torch_dist_to_hf(
     template = Template(hf=hf, family=converter.family, sizes=sizes, naming=hf_naming, kept={})
     plan = with_sources(template.plan(mm), pieces)
     options = {"command": "torch_dist_to_hf", "layout": "Hugging Face", "hf_naming": hf_naming, **dropped(plan)}
-    target = huggingface_target(template.written(plan), hf, template.config(), save_hf_dir, options)
+    target = huggingface_target(template.written(plan), hf, save_hf_dir, options, template.config())
     return _conversion(plan, folder, pieces, target, [Path(dist_dir), Path(hf_dir)])
 
 

@@ -15,18 +15,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mm_convert.errors import CheckpointError
+from mm_convert.lora.table import A, B
 from mm_convert.plans import Ref, Specs
 from mm_convert.safetensors_file import read_safetensors
 from mm_convert.stored import StoredFile
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+TIED = "ensure_weight_tying"  # embedding and output layer, trained in full, stay one weight
 # Where an adapter is, how it was trained and begun, and by what: W + scale * B @ A is the same with any value.
 NEUTRAL = (
     "auto_mapping",
     "base_model_name_or_path",
     "corda_config",
-    "ensure_weight_tying",
+    TIED,
     "eva_config",
     "exclude_modules",
     "inference_mode",
@@ -47,6 +49,8 @@ NEUTRAL = (
     "task_type",
 )
 UNDERSTOOD = ("alpha_pattern", "lora_alpha", "r", "rank_pattern", "use_rslora")
+IN_FULL = "modules_to_save"
+"""Layers that were trained in full beside the adapter: the folder holds their weights."""
 # These change the base model's own weights when an adapter begins; others only choose the first A and B.
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -99,14 +103,18 @@ class AdapterFolder:
     file: StoredFile
 
     @classmethod
-    def open(cls, directory: str | Path) -> AdapterFolder:
+    def open(cls, directory: str | Path, *, in_full: bool = False) -> AdapterFolder:
         """Read the headers.
+
+        Args:
+            directory: the folder.
+            in_full: it may also hold layers that were trained in full.
 
         Raises:
             CheckpointError: no LoRA adapter, an adapter of another kind, or a damaged one.
         """
         directory = Path(directory)
-        config = read_adapter_config(directory)
+        config = read_adapter_config(directory, in_full=in_full)
         if not (directory / WEIGHTS).is_file():
             raise CheckpointError(f"{directory} has no {WEIGHTS}; save the adapter as safetensors")
         file = read_safetensors(directory / WEIGHTS)
@@ -119,6 +127,13 @@ class AdapterFolder:
         return {WEIGHTS: self.file}
 
     @property
+    def in_full(self) -> list[Ref]:
+        """The weights of the layers that were trained in full."""
+        layers = [re.compile(rf"(^|\.){re.escape(layer)}\.") for layer in self.config.get(IN_FULL) or ()]
+        others = [ref for ref in self.tensors if not ref.name.endswith((A, B))]
+        return [ref for ref in others if any(layer.search(ref.name) for layer in layers)]
+
+    @property
     def numbers(self) -> AdapterConfig:
         """Rank and scale.
 
@@ -128,8 +143,12 @@ class AdapterFolder:
         return numbers(self.config)
 
 
-def read_adapter_config(directory: Path) -> dict[str, Any]:
+def read_adapter_config(directory: Path, *, in_full: bool = False) -> dict[str, Any]:
     """``adapter_config.json``, if it is that of a plain LoRA adapter.
+
+    Args:
+        directory: the folder.
+        in_full: it may also name layers that were trained in full.
 
     Raises:
         CheckpointError: there is none, it is not readable, or describes something else.
@@ -144,7 +163,8 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         found = config.get("peft_type") if isinstance(config, dict) else config
         raise CheckpointError(f"{path} says peft_type {found!r}; only 'LORA' is converted")
-    strange = {key: value for key, value in config.items() if value and key not in (*NEUTRAL, *UNDERSTOOD)}
+    known = {*NEUTRAL, *UNDERSTOOD} | ({IN_FULL} if in_full else set())
+    strange = {key: value for key, value in config.items() if value and key not in known}
     if strange.get("bias") == "none":
         del strange["bias"]
     start = str(config.get("init_lora_weights", True))
@@ -152,8 +172,9 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
         strange["init_lora_weights"] = start
     if strange:
         said = ", ".join(f"{key} {json.dumps(value)}" for key, value in strange.items())
+        way_out = "; merge_lora_to_base takes it" if strange.keys() == {IN_FULL} else ""
         raise CheckpointError(
-            f"{path} says {said}: that is no plain LoRA adapter (W + scale * B @ A), so it is refused"
+            f"{path} says {said}: that is no plain LoRA adapter (W + scale * B @ A), so it is refused{way_out}"
         )
     return config
 

@@ -1,7 +1,8 @@
 """Adapters merged into their base model: ``W + scale * B @ A``, for Hugging Face and Megatron-style folders.
 
 Weights without an adapter keep their bytes. A weight with one is computed in float32 and rounded once, to the dtype in
-which it is stored. To the rest of the package a merged weight is a file like others, which exists while it is read: the
+which it is stored; one that was trained in full beside the adapter (``modules_to_save``) takes the place of the base's.
+To the rest of the package a merged weight is a file like others, which exists while it is read: the
 proof, the manifest and going on after an interruption are those of every conversion. A worker holds one weight at a
 time in memory; the last few lie in the folder for temporary files (``TMPDIR``) while they are copied.
 """
@@ -18,7 +19,7 @@ from mm_convert.errors import CheckpointError
 from mm_convert.families.canonical import as_it_stands
 from mm_convert.families.family import Family, ModelSizes
 from mm_convert.huggingface import HuggingFaceFolder
-from mm_convert.lora.config import CONFIG, AdapterConfig, AdapterFolder, numbers, read_adapter_config
+from mm_convert.lora.config import CONFIG, TIED, AdapterConfig, AdapterFolder, numbers, read_adapter_config
 from mm_convert.lora.conversion import AdapterConverter
 from mm_convert.lora.weights import MadeFile, Shelf, Stored
 from mm_convert.megatron import TRACKER, MegatronFolder
@@ -45,28 +46,37 @@ class Adapter:
         tensors: A and B of every module.
         pairs: their addresses by the module's name.
         scales: the factor of B @ A in each module.
+        in_full: weights that were trained in full, by their canonical names.
+        tied: one that the base has not is a copy: embedding and output layer were kept one weight.
     """
 
     tensors: Stored
     pairs: Mapping[str, tuple[Ref, Ref]]
     scales: Mapping[str, float]
+    in_full: Mapping[str, Ref]
+    tied: bool
 
-    def change(self, module: str, weight: Tensor) -> Tensor:
-        """The weight of a module with its adapter: the same storage, new numbers."""
+    def change(self, part: str, weight: Tensor) -> Tensor:
+        """The weight of a module with its adapter, or one that was trained in full: the same storage, new numbers."""
         import torch
 
-        a, b = (self.tensors.read(ref) for ref in self.pairs[module])
+        if part in self.in_full:
+            return weight.copy_(self.tensors.read(self.in_full[part]))
+        a, b = (self.tensors.read(ref) for ref in self.pairs[part])
         exact = torch.promote_types(weight.dtype, torch.float32)
-        a, b, scale = a.to(exact), b.to(exact), self.scales[module]
+        a, b, scale = a.to(exact), b.to(exact), self.scales[part]
         rows = max(1, BLOCK // weight.shape[1])
         for start in range(0, weight.shape[0], rows):
             block = weight[start : start + rows]
             block.copy_(block.to(exact) + (b[start : start + rows] @ a) * scale)
         return weight
 
-    def shape(self, module: str) -> tuple[int, int]:
-        """Of the weight that it is for."""
-        a, b = (self.tensors.plan.targets[ref].shape for ref in self.pairs[module])
+    def shape(self, part: str) -> tuple[int, ...]:
+        """Of the weight that a module's adapter, or a weight that was trained in full, is for."""
+        targets = self.tensors.plan.targets
+        if part in self.in_full:
+            return targets[self.in_full[part]].shape
+        a, b = (targets[ref].shape for ref in self.pairs[part])
         return b[0], a[1]
 
 
@@ -113,13 +123,15 @@ class Merger:
             ConvertError: it is not whole, or its scale is not known.
         """
         options = self.adapters.options
+        whole: list[Ref] = []
         if (directory / TRACKER).is_file():
             mm = self.adapters.opened(directory, sizes())
             stored = Stored(plan=self.adapters.plan_mm_to_hf(mm, sizes()), files=mm.files)
         else:
-            folder = AdapterFolder.open(directory)
+            folder = AdapterFolder.open(directory, in_full=True)
             stored = Stored(plan=_whole(self.adapters.chosen(folder.tensors)), files=folder.files)
-        config = read_adapter_config(directory) if (directory / CONFIG).is_file() else None
+            whole = [ref for ref in folder.in_full if ref in stored.plan.targets]
+        config = read_adapter_config(directory, in_full=True) if (directory / CONFIG).is_file() else None
         targets = stored.plan.targets
         self.adapters.check_ranks(targets, config)
         pairs = self.adapters.pairs(targets)
@@ -135,11 +147,13 @@ class Merger:
         else:
             told = AdapterConfig(r=1, alpha=options.alpha, rslora=options.rslora)
             told = replace(told, rank_pattern={f"^{re.escape(module)}": rank for module, rank in ranks.items()})
-        strange = [ref.name for ref in targets if ref not in {half for pair in pairs.values() for half in pair}]
-        if strange:
+        known = {*whole, *(half for pair in pairs.values() for half in pair)}
+        if strange := [ref.name for ref in targets if ref not in known]:
             raise CheckpointError(f"{directory} holds more than lora_A and lora_B: {listed(strange)}")
         scales = {module: told.scale(*self.adapters.spellings(module)) for module in pairs}
-        return Adapter(tensors=stored, pairs=pairs, scales=scales)
+        in_full = {self.adapters.table.canonical(ref.name): ref for ref in whole}
+        tied = bool(config and config.get(TIED))
+        return Adapter(tensors=stored, pairs=pairs, scales=scales, in_full=in_full, tied=tied)
 
     def _hugging_face(self, hf: HuggingFaceFolder, adapter_dir: Path, target: str | Path) -> Conversion:
         adapter = self.adapter(adapter_dir, lambda: self.adapters.sizes(hf.directory, {}))
@@ -159,7 +173,7 @@ class Merger:
             plan=Plan.build(sources, tensors, segments),
             source=f"{hf.directory} (Hugging Face) and {adapter_dir}",
             files=_files(hf.files, adapter, made),
-            target=huggingface_target(hf.tensors, hf, None, target, options),
+            target=huggingface_target(hf.tensors, hf, target, options),
             folders=[hf.directory, adapter_dir],
         )
 
@@ -195,30 +209,37 @@ class Merger:
         """The model's numbers; where query, key and value are one tensor, only its configuration knows the heads."""
         if self.adapters.options.base_dir is None and (family is not self.family or not family.divided):
             return sizes_on_disk(family, mm, mm.layout)
-        config = read_adapter_config(adapter_dir) if (adapter_dir / CONFIG).is_file() else {}
+        config = read_adapter_config(adapter_dir, in_full=True) if (adapter_dir / CONFIG).is_file() else {}
         return self.adapters.sizes(adapter_dir, config)
 
     def _modules(self, adapter: Adapter, known: Mapping[str, Ref], base: Specs) -> dict[Ref, str]:
-        """The modules by the weights that they change.
+        """The modules, and the weights that were trained in full, by the weights that they change.
 
         Raises:
             CheckpointError: a weight is not there, or of another shape or kind.
         """
-        weights = {module: self.family.canonical(f"{module}.weight") for module in adapter.pairs}
-        absent = [name for name in weights.values() if name not in known]
-        if absent:
-            raise CheckpointError(f"the base model has no weights for {len(absent)} adapters: {listed(absent)}")
-        for module, name in weights.items():
+        copies = adapter.in_full.keys() - known.keys() if adapter.tied else set()
+        weights = {part: name for part, name in self._weights(adapter).items() if part not in copies}
+        if absent := [name for name in weights.values() if name not in known]:
+            raise CheckpointError(
+                f"the base model has no weights for {len(absent)} adapters or layers trained in full: {listed(absent)}"
+            )
+        for part, name in weights.items():
             spec = base[known[name]]
-            if spec.shape != adapter.shape(module) or spec.dtype not in FLOATS:
+            if spec.shape != adapter.shape(part) or spec.dtype not in FLOATS:
                 raise CheckpointError(
                     f"{name} is {spec.dtype} {list(spec.shape)}, its adapter is for a float weight of"
-                    f" {list(adapter.shape(module))}; is it another model's?"
+                    f" {list(adapter.shape(part))}; is it another model's?"
                 )
-        return {known[name]: module for module, name in weights.items()}
+        return {known[name]: part for part, name in weights.items()}
+
+    def _weights(self, adapter: Adapter) -> dict[str, str]:
+        """Canonical names of the weights that an adapter changes, by module, or by their own name."""
+        modules = {module: self.family.canonical(f"{module}.weight") for module in adapter.pairs}
+        return modules | {name: name for name in adapter.in_full}
 
     def _lengths(self, adapter: Adapter) -> dict[str, int]:
-        return {self.family.canonical(f"{module}.weight"): adapter.shape(module)[0] for module in adapter.pairs}
+        return {name: adapter.shape(part)[0] for part, name in self._weights(adapter).items()}
 
 
 def _with_lengths(

@@ -29,7 +29,7 @@ from mm_finetune.engine.parallel import Ranks
 from mm_finetune.engine.saved_modules import SavedModules, saved_rates
 from mm_finetune.errors import CheckpointError, ConfigError
 from mm_finetune.output import new_folder
-from mm_finetune.peft_folder import MODULES, TIED, PeftFolder, peft_folder
+from mm_finetune.peft_folder import IN_FULL, TIED, PeftFolder
 from mm_finetune.selection import adapted_layers, rates_of, saved_layers
 
 if TYPE_CHECKING:
@@ -160,11 +160,11 @@ def read_adapter(
     """
     assert lora.load is not None, "called where there is one"
     try:
-        with peft_folder(lora.load, family) as folder:
-            numbers, adapters = folder.adapter.numbers, folder.converter
-            tensors = adapters.chosen(folder.adapter.tensors)
-            adapters.check_ranks(tensors, folder.adapter.config)
-            pairs = adapters.pairs(tensors)
+        folder = PeftFolder.open(lora.load, family)
+        numbers, adapters = folder.adapter.numbers, folder.converter
+        tensors = adapters.chosen(folder.adapter.tensors)
+        adapters.check_ranks(tensors, folder.adapter.config)
+        pairs = adapters.pairs(tensors)
     except ConvertError as error:
         raise CheckpointError(f"lora.load: {error}") from error
     _check_saved(lora.load, folder, saved or {}, tied=tied)
@@ -189,7 +189,8 @@ def read_adapter(
 
 def fill_saved(saved: SavedModules, directory: Path, family: Family) -> None:
     """Begin layers that are trained in full as a PEFT folder has them; :func:`read_adapter` has checked it."""
-    with peft_folder(directory, family) as folder, safe_open(folder.weights, framework="pt") as file:
+    folder = PeftFolder.open(directory, family)
+    with safe_open(folder.weights, framework="pt") as file:
         saved.fill(lambda name: file.get_tensor(folder.saved[name]))
 
 
@@ -304,7 +305,7 @@ def _peft_config(adaptation: Adaptation, layers: list[str]) -> dict[str, object]
         "init_lora_weights": True,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
-        MODULES: saved or None,
+        IN_FULL: saved or None,
         "peft_type": "LORA",
         "r": lora.r,
         # Exactly these layers: a list of last parts would match in the vision tower too.
