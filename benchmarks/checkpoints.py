@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from finetune_data import write_data, write_model
+from finetune_data import small, write_data, write_model
 
 LONGEST, INTERVAL = 1024, 100
 WAYS = {"none": ("0", "true"), "beside": ("every", "true"), "in its way": ("every", "false")}
@@ -73,7 +73,7 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> Path:
 
     write_data(folder / "data", 64)
     layers = arguments.layers
-    write_model(folder / "hf", vocabulary=4096, hidden=arguments.hidden, layers=layers, longest=LONGEST)
+    write_model(folder / "hf", small(hidden=arguments.hidden, layers=layers, vocabulary=4096), longest=LONGEST)
     layout = Layout(llm_pp_layers=((layers,),), vit_pp_layers=((layers,),))
     Converter.named("Qwen2_5_VLConverter").hf_to_mm(folder / "hf", folder / "mm", layout)
     settings = {

@@ -27,7 +27,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from finetune_data import write_data, write_model
+from finetune_data import small, write_data, write_model
 
 LONGEST = 2048
 SAME_LOSS = 2e-4  # float32, other orders of summation
@@ -92,7 +92,8 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> Path:
     records = arguments.steps * arguments.batch
     write_data(folder / "data", records)
     layers = arguments.layers
-    write_model(folder / "hf", vocabulary=arguments.vocabulary, hidden=arguments.hidden, layers=layers, longest=LONGEST)
+    size = small(hidden=arguments.hidden, layers=layers, vocabulary=arguments.vocabulary)
+    write_model(folder / "hf", size, longest=LONGEST)
     layout = Layout(llm_pp_layers=((layers,),), vit_pp_layers=((layers,),), tp_size=1)
     Converter.named("Qwen2_5_VLConverter").hf_to_mm(folder / "hf", folder / "mm", layout)
     train = {
@@ -218,7 +219,7 @@ def _parse() -> argparse.Namespace:
     number("--steps", 3, "steps of a program; the first is a warm-up")
     number("--batch", 32, "records of a step")
     number("--micro-batch", 8, "records of a padded micro-batch")
-    number("--pack-length", LONGEST, "longest row in tokens, packed")
+    number("--pack-length", 2 * LONGEST, "longest row in tokens, packed")
     number("--hidden", 512, "width of the model; the vision tower's is half of it")
     number("--layers", 6, "layers of the decoder, and of the tower")
     number("--vocabulary", 16384, "entries of the vocabulary")

@@ -1,4 +1,4 @@
-"""The data set and the model that `finetune.py` trains with: seeded, from nothing.
+"""The data set and the models that `finetune.py` and `finetune_device.py` train with: seeded, from nothing.
 
 Pictures are JPEGs of which the model sees 64 to 330 tokens, conversations have one to four turns whose length is
 log-normal. As in LLaVA's mixture most records are short, a few very long, and questions are much shorter than answers.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +42,60 @@ def write_data(folder: Path, records: int) -> Path:
     return path
 
 
-def write_model(folder: Path, *, vocabulary: int, hidden: int, layers: int, longest: int) -> None:
-    """Write a Hugging Face folder: Qwen2.5-VL with random weights, tokenizer and image processor.
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """A Qwen2.5-VL; the tower's sizes by their names in config.json."""
 
-    As in Qwen2.5-VL-3B the vision tower costs a token of a picture about what the decoder does.
-    """
+    hidden: int
+    ffn: int
+    layers: int
+    heads: int
+    groups: int
+    vocabulary: int
+    tied: bool
+    vision: Mapping[str, int]
+    full_attention: Sequence[int]
+
+    def config(self, tokenizer: Any) -> Any:
+        """For transformers, with the ids of `tokenizer`."""
+        from mm_finetune.mini import model
+
+        config = model.model_config(tokenizer)
+        config.tie_word_embeddings = self.tied
+        part = self.hidden // self.heads // 16
+        for name, value in {
+            "vocab_size": self.vocabulary, "hidden_size": self.hidden, "intermediate_size": self.ffn,
+            "num_hidden_layers": self.layers, "num_attention_heads": self.heads, "num_key_value_heads": self.groups,
+            "initializer_range": 0.02, "max_position_embeddings": 32768, "tie_word_embeddings": self.tied,
+            "layer_types": ["full_attention"] * self.layers,
+            "rope_parameters": {
+                "rope_type": "default", "mrope_section": [2 * part, 3 * part, 3 * part], "rope_theta": 1e6
+            },
+        }.items():  # fmt: skip
+            setattr(config.text_config, name, value)
+        for name, value in {
+            **self.vision, "out_hidden_size": self.hidden, "window_size": 112, "initializer_range": 0.02,
+            "fullatt_block_indexes": list(self.full_attention),
+        }.items():  # fmt: skip
+            setattr(config.vision_config, name, value)
+        return config
+
+
+def small(*, hidden: int, layers: int, vocabulary: int) -> Size:
+    """As in Qwen2.5-VL-3B the vision tower costs a token of a picture about what the decoder does."""
+    heads = hidden // 64
+    return Size(
+        hidden=hidden, ffn=hidden * 11 // 4, layers=layers, heads=heads, groups=max(1, heads // 4),
+        vocabulary=vocabulary, tied=False,
+        vision={
+            "depth": layers, "hidden_size": hidden // 2, "intermediate_size": hidden * 11 // 8, "num_heads": heads
+        },
+        full_attention=[layers // 2 - 1, layers - 1],
+    )  # fmt: skip
+
+
+def write_model(folder: Path, size: Size, *, longest: int, dtype: str = "float32", device: str = "cpu") -> None:
+    """Write a Hugging Face folder: random weights, made on `device`, tokenizer and image processor."""
     import torch
     from transformers import AutoModelForImageTextToText
 
@@ -52,24 +103,10 @@ def write_model(folder: Path, *, vocabulary: int, hidden: int, layers: int, long
 
     made = tokenizer.train_tokenizer(["".join(f" {word}" for word in WORDS)] * 4)
     made.model_max_length = longest
-    config = model.model_config(made)
-    heads = hidden // 64
-    for name, value in {
-        "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": hidden * 11 // 4,
-        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": max(1, heads // 4),
-        "initializer_range": 0.02, "max_position_embeddings": 2 * longest,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 1e6},
-    }.items():  # fmt: skip
-        setattr(config.text_config, name, value)
-    config.text_config.layer_types = ["full_attention"] * layers
-    for name, value in {
-        "depth": layers, "hidden_size": hidden // 2, "intermediate_size": hidden * 11 // 8, "num_heads": heads,
-        "out_hidden_size": hidden, "window_size": 112, "initializer_range": 0.02,
-        "fullatt_block_indexes": [layers // 2 - 1, layers - 1],
-    }.items():  # fmt: skip
-        setattr(config.vision_config, name, value)
     torch.manual_seed(0)
-    AutoModelForImageTextToText.from_config(config).float().save_pretrained(folder)
+    with torch.device(device):
+        weights = AutoModelForImageTextToText.from_config(size.config(made), dtype=getattr(torch, dtype))
+    weights.save_pretrained(folder)
     made.save_pretrained(folder)
     pixels = {"min_pixels": PICTURE_TOKENS[0] * SIDE**2, "max_pixels": PICTURE_TOKENS[1] * SIDE**2}
     (folder / "preprocessor_config.json").write_text(json.dumps(model.PREPROCESSOR | pixels), encoding="utf-8")
