@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mm_finetune.engine.attention import DEVICES, KERNELS, Rows, Shape, choose, packed_attention
+from mm_finetune.engine.attention import DEVICES, KERNELS, Rows, Shape, _varlen_options, choose, packed_attention
 from mm_finetune.errors import ConfigError
 
 HEADS, KEY_VALUE_HEADS, HEAD_DIM = 4, 2, 8
@@ -122,6 +124,57 @@ def test_npu_call_that_sees_all(npu_operator: list[dict[str, Any]]) -> None:
     torch.testing.assert_close(ours, by_hand(*inputs, bounds, 0.3, False), rtol=1e-5, atol=1e-6)
     (call,) = npu_operator
     assert not {"atten_mask", "sparse_mode"} & call.keys(), "no mask, and the default mode"
+
+
+# What varlen_attn of a torch can be told beside tensors and lengths (docs.pytorch.org); it runs on CUDA alone.
+ARGUMENTS = {"2.10": ["is_causal"], "2.11": ["scale", "window_size"], "2.12": ["scale", "window_size", "enable_gqa"]}
+
+
+@pytest.fixture
+def torch_version(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """varlen_attn for CPU tensors, as that version's document says; a window of (-1, 0) is causal."""
+    version: str = request.param
+
+    def run(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, key_ends: Tensor, *longest: int, **given: Any) -> Tensor:
+        assert given.keys() <= set(ARGUMENTS[version])
+        bounds = tuple(ends.tolist())
+        assert torch.equal(ends, key_ends)
+        assert longest == (max(stop - start for start, stop in pairwise(bounds)),) * 2
+        if not given.get("enable_gqa"):
+            assert k.shape == v.shape == q.shape
+            k, v = (x.view(len(x), KEY_VALUE_HEADS, -1, HEAD_DIM).mean(2) for x in (k, v))
+        causal = {(-1, 0): True, (-1, -1): False}[given["window_size"]]
+        return by_hand(q, k, v, bounds, given["scale"], causal)
+
+    kind = inspect.Parameter.KEYWORD_ONLY
+    named = inspect.Signature([inspect.Parameter(name, kind) for name in ARGUMENTS[version]])
+    monkeypatch.setattr(run, "__signature__", named, raising=False)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", run)
+    _varlen_options.cache_clear()
+    yield version
+    _varlen_options.cache_clear()
+
+
+@pytest.mark.parametrize("torch_version", ["2.11", "2.12"], indirect=True)
+@pytest.mark.parametrize("bounds", BOUNDS, ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.usefixtures("torch_version")
+def test_cuda_call(bounds: tuple[int, ...], causal: bool) -> None:
+    inputs = heads(bounds[-1])
+    ours = KERNELS["varlen_attn"].run(*inputs, Rows.packed(torch.tensor(bounds)), 0.3, causal)
+    wanted = by_hand(*inputs, bounds, 0.3, causal)
+    torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-6)
+    pull = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
+    for grad, theirs in zip(
+        torch.autograd.grad(ours, inputs, pull), torch.autograd.grad(wanted, inputs, pull), strict=True
+    ):
+        torch.testing.assert_close(grad, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("torch_version", ["2.10"], indirect=True)
+@pytest.mark.usefixtures("torch_version")
+def test_an_older_cuda_kernel_is_left_alone() -> None:
+    assert "takes no scale" in str(KERNELS["varlen_attn"].refuses(shape()))
 
 
 def shape(**changed: Any) -> Shape:

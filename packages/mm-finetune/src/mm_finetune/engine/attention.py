@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import groupby, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,20 +135,30 @@ def _sdpa(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, rows: Rows, scale: float,
 def _varlen_attn(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, rows: Rows, scale: float, causal: bool) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _varlen_options() else {}
+    if not grouped:
+        # torch 2.11 wants a key and a value for each query head.
+        k_TKD, v_TKD = (x.repeat_interleave(q_TND.shape[1] // x.shape[1], dim=1) for x in (k_TKD, v_TKD))
     out = varlen_attn(
         q_TND, k_TKD, v_TKD, rows.cu_seqlens, rows.cu_seqlens, rows.longest, rows.longest,
-        scale=scale, window_size=(-1, 0 if causal else -1), enable_gqa=True,
+        scale=scale, window_size=(-1, 0 if causal else -1), **grouped,
     )  # fmt: skip
     return out  # type: ignore[return-value]  # a pair only where more is asked for
+
+
+@lru_cache
+def _varlen_options() -> frozenset[str]:
+    """What torch's function can be told; torch 2.10 has it without scale and window."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def _varlen_attn_refuses(shape: Shape) -> str | None:
     if find_spec("torch.nn.attention.varlen") is None:
         return "is not in this torch"
-    from torch.nn.attention.varlen import varlen_attn
-
-    if not {"scale", "window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
-        return "of this torch has no grouped queries"
+    if not {"scale", "window_size"} <= _varlen_options():
+        return "of this torch takes no scale"
     if torch.cuda.get_device_capability() < (8, 0):
         return "needs compute capability 8.0"
     return _flash_refuses(shape)
