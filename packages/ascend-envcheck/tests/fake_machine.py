@@ -158,7 +158,8 @@ class FakeMachine:
 
     def packages(self) -> None:
         """What mm-finetune and wan-infer need beside torch, and what the Python of CANN needs."""
-        for name, version in (("transformers", "5.0.0"), ("megatron-core", "0.16.1"), ("psutil", "7.0.0")):
+        needs = (("transformers", "5.0.0"), ("megatron-core", "0.16.1"), ("psutil", "7.0.0"), ("zlib-ng", "1.1.0"))
+        for name, version in needs:
             self.distribution(name, version)
         for name in CANN_NEEDS:
             self.distribution(name, {"numpy": "1.26.4", "pyyaml": "6.0.2"}.get(name, "3.20.3"))

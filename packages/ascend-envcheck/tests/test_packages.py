@@ -68,8 +68,8 @@ def test_a_version_outside_of_the_bounds(version: str, words: str) -> None:
 def test_what_is_missing_is_listed_and_not_told_one_by_one() -> None:
     few = having(transformers="4.57.0", megatron_core="0.16.0", numpy="2.0.0", pillow="11.0.0", pyyaml="6.0.2")
     cause = only("MM-PACKAGES", few).cause
-    assert "safetensors, tqdm are not installed; transformers is 4.57.0" in cause
-    assert "未安装 safetensors、tqdm；transformers 为 4.57.0" in told(cause, CHINESE)
+    assert "safetensors, tqdm, zlib-ng are not installed; transformers is 4.57.0" in cause
+    assert "未安装 safetensors、tqdm、zlib-ng；transformers 为 4.57.0" in told(cause, CHINESE)
 
 
 def test_the_pins_of_others_speak_where_they_are_installed() -> None:

@@ -14,7 +14,7 @@ DISTRIBUTIONS = (
     *("torch", "torch_npu", "torchvision", "torchaudio", "triton", "triton-ascend"),
     *("transformers", "diffusers", "accelerate", "tokenizers", "safetensors", "peft"),
     *("megatron-core", "mindspeed", "mindspeed-mm", "mindspeed-llm", "mindiesd", "vllm", "vllm-ascend"),
-    *("mm-finetune", "wan-infer", "apex", "decord", "av", "ftfy", "pillow", "tqdm"),
+    *("mm-finetune", "wan-infer", "apex", "decord", "av", "ftfy", "pillow", "tqdm", "zlib-ng"),
     # what CANN's operator compiler imports
     *("absl-py", "attrs", "cffi", "decorator", "numpy", "protobuf", "psutil", "pyyaml", "requests"),
     *("scipy", "sympy"),

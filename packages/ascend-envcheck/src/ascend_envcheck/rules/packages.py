@@ -35,6 +35,7 @@ _MM_FINETUNE = (
     Need("pyyaml", (6, 0, 0)),
     Need("safetensors", (0, 5, 0)),
     Need("tqdm", (4, 66, 0)),
+    Need("zlib-ng", (0, 5, 0)),
 )
 _WAN_INFER = (
     Need("transformers", (5, 0, 0), (6, 0, 0)),
