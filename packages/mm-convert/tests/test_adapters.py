@@ -318,11 +318,12 @@ def test_one_weight_at_both_ends_is_kept_one(make_model: MakeModel, tmp_path: Pa
     apart = save_adapter(tmp_path / "apart", adapter(LANGUAGE) | ends, **saved_layers)
     with pytest.raises(CheckpointError, match=r"no weights for 1 .*lm_head\.weight"):
         merger.prepare(base, apart, tmp_path / "merged")
-    tied = save_adapter(tmp_path / "tied", adapter(LANGUAGE) | ends, **saved_layers, ensure_weight_tying=True)
-    merger.prepare(base, tied, tmp_path / "merged").run()
-    assert torch.equal(
-        hugging_face(tmp_path / "merged")["model.embed_tokens.weight"], ends["model.embed_tokens.weight"]
-    )
+    for number, layers in enumerate((["embed_tokens", "lm_head"], ["embed_tokens"])):
+        options: dict[str, Any] = {"modules_to_save": layers, "ensure_weight_tying": True}
+        tied = save_adapter(tmp_path / f"tied{number}", adapter(LANGUAGE) | ends, **options)
+        merger.prepare(base, tied, tmp_path / f"merged{number}").run()
+        merged = hugging_face(tmp_path / f"merged{number}")
+        assert torch.equal(merged["model.embed_tokens.weight"], ends["model.embed_tokens.weight"])
 
 
 def test_what_no_module_to_save_names_is_refused(make_model: MakeModel, tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ NEUTRAL = (
     "task_type",
 )
 UNDERSTOOD = ("alpha_pattern", "lora_alpha", "r", "rank_pattern", "use_rslora")
+ENDS = ("embed_tokens", "lm_head")
 IN_FULL = "modules_to_save"
 """Layers that were trained in full beside the adapter: the folder holds their weights."""
 # These change the base model's own weights when an adapter begins; others only choose the first A and B.
@@ -128,8 +129,9 @@ class AdapterFolder:
 
     @property
     def in_full(self) -> list[Ref]:
-        """The weights of the layers that were trained in full."""
-        layers = [re.compile(rf"(^|\.){re.escape(layer)}\.") for layer in self.config.get(IN_FULL) or ()]
+        """The weights of the layers that were trained in full; PEFT saves a tied one under both its names."""
+        named = [*(self.config.get(IN_FULL) or ()), *(ENDS if self.config.get(TIED) else ())]
+        layers = [re.compile(rf"(^|\.){re.escape(layer)}\.") for layer in named]
         others = [ref for ref in self.tensors if not ref.name.endswith((A, B))]
         return [ref for ref in others if any(layer.search(ref.name) for layer in layers)]
 
