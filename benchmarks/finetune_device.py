@@ -15,13 +15,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +90,25 @@ class Result:
 
 
 def main() -> int:
-    """Measure, print a line for each run, write JSON; 2 when a run fails."""
+    """Measure; the exit code is 2 when a run fails."""
     arguments = _parse()
+    try:
+        return measure_all(arguments)
+    except KeyboardInterrupt:
+        print("interrupted; runs that were done are told above", file=sys.stderr)
+        return 130
+
+
+def measure_all(arguments: argparse.Namespace) -> int:
+    """Print a line for each run, and write JSON after it."""
     results: dict[str, Result] = {}
     failed = False
     with _folder(arguments.folder) as folder:
         records = arguments.batch * arguments.steps
-        if not (folder / f"data-{records}").is_dir():
-            write_data(folder / f"data-{records}", records)
+        data = folder / f"data-{records}"
+        if not (data / "train.json").is_file():  # its last file
+            shutil.rmtree(data, ignore_errors=True)
+            write_data(data, records)
         for name in arguments.runs:
             try:
                 results[name] = measure(folder, name, arguments)
@@ -118,9 +132,9 @@ def measure(folder: Path, name: str, arguments: argparse.Namespace) -> Result:
     label = next(known for known, other in RUNS.items() if other.size == run.size)
     hf_dir, mm_dir = folder / f"{label}-hf", folder / f"{label}-mm"
     if not mm_dir.is_dir():
-        write_model(hf_dir, run.size, longest=LONGEST, dtype="bfloat16", device=device)
-        layout = Layout(llm_pp_layers=((run.size.layers,),), vit_pp_layers=((run.size.vision["depth"],),), tp_size=1)
-        Converter.named("Qwen2_5_VLConverter").hf_to_mm(hf_dir, mm_dir, layout)
+        # In a process that ends: what torch keeps of a device's memory would be missing in training.
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            pool.submit(make_model, hf_dir, mm_dir, run.size, device).result()
     yaml = folder / f"{name}.yaml"
     train = {
         "steps": arguments.steps, "global_batch_size": arguments.batch, "micro_batch_size": 1, "dtype": "bf16",
@@ -151,6 +165,13 @@ def measure(folder: Path, name: str, arguments: argparse.Namespace) -> Result:
         planned_gib=stages[0]["total"] / GIB,
         checked=checked,
     )
+
+
+def make_model(hf_dir: Path, mm_dir: Path, size: Size, device: str) -> None:
+    """Random weights, as a Hugging Face folder and converted for one process."""
+    write_model(hf_dir, size, longest=LONGEST, dtype="bfloat16", device=device)
+    layout = Layout(llm_pp_layers=((size.layers,),), vit_pp_layers=((size.vision["depth"],),), tp_size=1)
+    Converter.named("Qwen2_5_VLConverter").hf_to_mm(hf_dir, mm_dir, layout)
 
 
 def write_json(target: Path, results: Mapping[str, Result], arguments: argparse.Namespace) -> None:
